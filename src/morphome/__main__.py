@@ -1,0 +1,3 @@
+from morphome.cli import main
+
+main()

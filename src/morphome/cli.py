@@ -1,0 +1,321 @@
+"""The command line: arguments in, one function call, exit code out. Every step of the workflow is one command."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from morphome import __version__
+from morphome.config import load_config
+from morphome.errors import MorphomeError
+from morphome.paths import Paths
+from morphome.steps import require_made_by, step_settings
+from morphome.workflow import run_folders, slide_paths
+
+app = typer.Typer(
+    name="morphome",
+    help="Whole-slide images and molecular tables to survival models and one report.\n\n"
+    "The steps stand in the order of the data. Snakemake runs them all; each also runs by hand with the same "
+    "configuration file.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="rich",
+)
+
+Config = Annotated[Path, typer.Option("--config", help="Configuration of the run (YAML or JSON).")]
+Slide = Annotated[str, typer.Option(help="slide_id, as in the slide sheet.")]
+DEFAULT = Path("config.yaml")
+START, SLIDES, MODELS, RESULTS = "1 Cohort", "2 Slides and features", "3 Splits and models", "4 Results"
+
+
+class Run:
+    """A checked configuration with its paths and the settings of each step."""
+
+    def __init__(self, config: Path) -> None:
+        self.config = load_config(config)
+        self.paths = Paths(self.config)
+
+    def settings(self, step: str, **wildcards: str) -> dict[str, Any]:
+        return step_settings(self.config, step, **wildcards)
+
+    def made(self, path: Path, format_name: str, step: str, **wildcards: str) -> Path:
+        """``path``, after checking that it was made by ``step`` with the settings of this configuration."""
+        return require_made_by(path, format_name, self.settings(step, **wildcards))
+
+    @property
+    def external(self) -> bool:
+        return self.config["features"]["source"] == "external"
+
+    @property
+    def index(self) -> Path:
+        return self.made(self.paths.index, "morphome.feature_index", "import" if self.external else "collect")
+
+    @property
+    def panels(self) -> dict[str, Path]:
+        return {k: self.made(v, "morphome.panel", "genes") for k, v in self.paths.panels.items()}
+
+    @property
+    def patients(self) -> Path:
+        return self.made(self.paths.patients, "morphome.patients", "cohort")
+
+    @property
+    def slides(self) -> Path:
+        return self.made(self.paths.slides, "morphome.slides", "cohort")
+
+    @property
+    def analysis(self) -> Path:
+        return self.made(self.paths.analysis, "morphome.analysis", "assemble")
+
+
+def _readable_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn what a user can mend into one message and exit code 1; anything else keeps its traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except MorphomeError as error:
+            print(f"morphome: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None
+
+    return wrapped
+
+
+def step(panel: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command under a heading of ``morphome --help``."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        return app.command(rich_help_panel=panel)(_readable_errors(function))
+
+    return register
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"morphome {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@step(START)
+def check(config: Config = DEFAULT) -> None:
+    """Check a configuration: keys, units, files. Prints where the report will be."""
+    run = Run(config)
+    print(f"{config}: fine. {len(run.config['models'])} models; the report will be {run.paths.report}")
+
+
+@step(START)
+def simulate(config: Config = DEFAULT) -> None:
+    """Write the planted demo cohort: slides on disk and tables in the GDC's shapes."""
+    from morphome.cohort.simulate import run_simulate
+
+    run = Run(config)
+    if "simulate" not in run.config:
+        raise MorphomeError(f"{config}: there is no section 'simulate'", "add it, or skip this step for real data")
+    run_simulate(settings=run.settings("simulate"), folder=run.paths.simulated)
+
+
+@step(START)
+def cohort(config: Config = DEFAULT) -> None:
+    """Patients, slides and end point; the flow of who was dropped and why."""
+    from morphome.cohort.manifest import run_cohort
+
+    run = Run(config)
+    run_cohort(
+        settings=run.settings("cohort"),
+        patients_out=run.paths.patients,
+        slides_out=run.paths.slides,
+        flow_out=run.paths.cohort_flow,
+    )
+
+
+@step(START)
+def genes(config: Config = DEFAULT) -> None:
+    """Molecular tables per panel (one row per patient) and gene groups."""
+    from morphome.genomics.panels import run_genes
+
+    run = Run(config)
+    run_genes(settings=run.settings("genes"), panels_out=run.paths.panels, groups_out=run.paths.groups)
+
+
+@step(SLIDES)
+def tile(slide: Slide, path: Annotated[Path, typer.Option(help="The slide file.")], config: Config = DEFAULT) -> None:
+    """Tissue mask and tile grid of one slide at a true target mpp."""
+    from morphome.slides.tile import run_tile
+
+    run = Run(config)
+    files = run.paths.tiles(slide)
+    run_tile(
+        slide_path=path,
+        slide_id=slide,
+        settings=run.settings("tile", slide=slide),
+        h5_out=files.h5,
+        qc_out=files.qc,
+        geojson_out=files.geojson,
+        thumbnail_out=files.thumbnail,
+    )
+
+
+@step(SLIDES)
+def encode(slide: Slide, path: Annotated[Path, typer.Option(help="The slide file.")], config: Config = DEFAULT) -> None:
+    """Features of one slide's tiles, to HDF5."""
+    from morphome.features.encode import run_encode
+
+    run = Run(config)
+    run_encode(
+        slide_path=path,
+        slide_id=slide,
+        tiles_h5=run.made(run.paths.tiles(slide).h5, "morphome.tiles", "tile", slide=slide),
+        settings=run.settings("encode", slide=slide),
+        h5_out=run.paths.features(slide),
+        timing_out=run.paths.timing(slide),
+    )
+
+
+@step(SLIDES)
+def collect(config: Config = DEFAULT) -> None:
+    """Index the features of all slides (or of an external source) and list the slides that failed."""
+    run = Run(config)
+    outputs = {"index_out": run.paths.index, "audit_out": run.paths.audit}
+    if run.external:
+        from morphome.features.external import run_import
+
+        run_import(settings=run.settings("import"), slides=run.slides, **outputs)
+        return
+    from morphome.features.collect import run_collect
+
+    ids = slide_paths(run.config)
+    run_collect(
+        settings=run.settings("collect"),
+        feature_files=[run.made(run.paths.features(s), "morphome.tile-features", "encode", slide=s) for s in ids],
+        qc_files=[run.made(run.paths.tiles(s).qc, "morphome.slide_qc", "tile", slide=s) for s in ids],
+        **outputs,
+    )
+
+
+@step(MODELS)
+def assemble(config: Config = DEFAULT) -> None:
+    """Join patients, features and molecular tables by id: who is analysed."""
+    from morphome.cohort.assemble import run_assemble
+
+    run = Run(config)
+    run_assemble(
+        settings=run.settings("assemble"),
+        patients=run.patients,
+        slides=run.slides,
+        flow=run.made(run.paths.cohort_flow, "morphome.flow", "cohort"),
+        index=run.index,
+        panels=run.panels,
+        patients_out=run.paths.analysis,
+        flow_out=run.paths.analysis_flow,
+    )
+
+
+@step(MODELS)
+def split(config: Config = DEFAULT) -> None:
+    """Folds, inner validation and horizon: written once, read by every model."""
+    from morphome.splits import run_split
+
+    run = Run(config)
+    run_split(
+        settings=run.settings("split"),
+        patients=run.analysis,
+        splits_out=run.paths.splits,
+        facts_out=run.paths.split_facts,
+    )
+
+
+@step(MODELS)
+def train(
+    model: Annotated[str, typer.Option(help="Name of a row of the section 'models'.")],
+    repeat: Annotated[int, typer.Option(help="Repeat, from 0.")] = 0,
+    fold: Annotated[int, typer.Option(help="Outer test fold, from 0.")] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads of this job.")] = 1,
+    config: Config = DEFAULT,
+) -> None:
+    """Fit one model for one repeat and fold; predict its test fold."""
+    run = Run(config)
+    if model not in run.config["models"]:
+        raise MorphomeError(f"models.{model}: no such row", f"one of {', '.join(run.config['models'])}")
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # before numpy and torch are loaded
+    from morphome.training.run import run_train
+
+    run_train(
+        settings=run.settings("train", model=model),
+        patients=run.analysis,
+        index=run.index,
+        panels=run.panels,
+        groups=run.paths.groups and run.made(run.paths.groups, "morphome.groups", "genes"),
+        splits=run.made(run.paths.splits, "morphome.splits", "split"),
+        split_facts=run.made(run.paths.split_facts, "morphome.split_facts", "split"),
+        name=model,
+        repeat=repeat,
+        fold=fold,
+        out=run.paths.run(model, repeat, fold),
+        threads=threads,
+    )
+
+
+@step(RESULTS)
+def evaluate(config: Config = DEFAULT) -> None:
+    """Metrics with intervals, risk groups and paired comparisons from all out-of-fold predictions."""
+    from morphome.evaluation.evaluate import run_evaluate
+
+    run = Run(config)
+    run_evaluate(
+        settings=run.settings("evaluate"),
+        predictions=[
+            run.made(folder / "predictions.parquet", "morphome.predictions", "train", model=name)
+            for name, folder in run_folders(run.config)
+        ],
+        split_facts=run.made(run.paths.split_facts, "morphome.split_facts", "split"),
+        out=run.paths.evaluation,
+    )
+
+
+@step(RESULTS)
+def report(config: Config = DEFAULT) -> None:
+    """The one HTML page and its tables as CSV."""
+    from morphome.report.build import run_report
+    from morphome.report.inputs import ReportInputs
+
+    run = Run(config)
+    paths = run.paths
+    ids = [] if run.external else list(slide_paths(run.config))
+    inputs = ReportInputs(
+        cohort_flow=paths.cohort_flow,
+        analysis_flow=paths.analysis_flow,
+        patients=run.analysis,
+        audit=paths.audit,
+        thumbnails=[(s, paths.tiles(s).thumbnail, paths.tiles(s).qc) for s in ids],
+        timings=[paths.timing(s) for s in ids],
+        splits=paths.splits,
+        split_facts=paths.split_facts,
+        evaluation=paths.evaluation,
+        runs=[folder for _, folder in run_folders(run.config)],
+        groups=paths.groups,
+        oracle=paths.oracle if "simulate" in run.config else None,
+        config=run.config,
+    )
+    run_report(settings=run.settings("report"), inputs=inputs, out=paths.report.parent)
+    print(f"report: {paths.report.resolve()}")
+
+
+def main() -> None:
+    """Entry point of ``morphome`` and ``python -m morphome``."""
+    app()

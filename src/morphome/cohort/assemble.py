@@ -1,0 +1,120 @@
+"""Who is analysed: patients of the manifest that have what ``cohort.require`` asks, joined by id."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from morphome.errors import MorphomeError
+from morphome.files import read_json, read_parquet, write_json, write_parquet
+
+_MODALITY = {"wsi": "a usable slide", "rna": "RNA", "mut": "mutations", "cnv": "copy number"}
+
+
+def run_assemble(
+    *,
+    settings: Mapping[str, Any],
+    patients: Path,
+    slides: Path,
+    flow: Path,
+    index: Path,
+    panels: Mapping[str, Path],
+    patients_out: Path,
+    flow_out: Path,
+) -> None:
+    """Join the manifest with features and molecular tables and write who is analysed.
+
+    Args:
+        settings: ``{"cohort": {"require": [...]}}``.
+        patients, slides, flow: the cohort manifest.
+        index: the feature index (one row per slide with its status).
+        panels: molecular tables by panel name.
+        patients_out: ``morphome.analysis``; one row per analysed patient, sorted by ``patient_id``, with
+            ``slide_ids`` (usable slides, sorted), ``n_slides``, ``n_tiles`` and ``has_<panel>``.
+        flow_out: the whole flow, from the source table to the analysed patients.
+
+    Raises:
+        MorphomeError: nobody is left.
+    """
+    people = read_parquet(patients, "morphome.patients")
+    listed = read_parquet(slides, "morphome.slides")
+    bags = read_parquet(index, "morphome.feature_index")
+    steps = list(read_json(flow, "morphome.flow")["steps"])
+
+    listed = listed[listed["included"] & listed["patient_id"].isin(people["patient_id"])]
+    joined = listed.merge(bags, on="slide_id", how="left", suffixes=("", "_feature"), validate="one_to_one")
+    joined["reason_feature"] = joined["reason_feature"] if "reason_feature" in joined else joined["reason"]
+    usable = joined[joined["status"] == "ok"]
+    lost = joined[joined["status"] != "ok"]
+    if len(joined):
+        steps.append(
+            _step(
+                "slides with features",
+                "slides",
+                len(joined),
+                lost["slide_id"],
+                "; ".join(
+                    f"{reason}: {count}"
+                    for reason, count in lost["reason_code"]
+                    .fillna("no features")
+                    .replace("", "no features")
+                    .value_counts()
+                    .items()
+                )
+                or "every slide was read",
+            )
+        )
+
+    grouped = usable.sort_values("slide_id").groupby("patient_id")
+    table = people.sort_values("patient_id").reset_index(drop=True)
+    ids = grouped["slide_id"].agg(list)
+    table["slide_ids"] = [ids.get(p, []) for p in table["patient_id"]]
+    table["n_slides"] = table["slide_ids"].map(len).astype("int64")
+    tiles = grouped["n_tiles"].sum()
+    table["n_tiles"] = table["patient_id"].map(tiles).fillna(0).astype("int64")
+    table["has_wsi"] = table["n_slides"] > 0
+    for panel in ("rna", "mut", "cnv"):
+        known: set[str] = set()
+        if panel in panels:
+            known = set(read_parquet(panels[panel], "morphome.panel", columns=["patient_id"])["patient_id"])
+        table[f"has_{panel}"] = table["patient_id"].isin(known)
+
+    for need in settings["cohort"]["require"]:
+        has = table[f"has_{need}"]
+        steps.append(
+            _step(
+                f"patients with {_MODALITY[need]}",
+                "patients",
+                len(table),
+                table.loc[~has, "patient_id"],
+                f"no {_MODALITY[need].removeprefix('a ')} (cohort.require lists '{need}')",
+            )
+        )
+        table = table[has].reset_index(drop=True)
+    if table.empty:
+        raise MorphomeError(
+            f"{patients}: no patient has all of {', '.join(settings['cohort']['require'])}",
+            "look into the flow of the cohort and into cohort.require",
+        )
+    write_parquet(table, patients_out, "morphome.analysis", settings)
+    write_json(
+        {"steps": steps, "n_patients": len(table), "n_events": int(table["event"].sum())},
+        flow_out,
+        "morphome.flow",
+        settings,
+    )
+
+
+def _step(name: str, unit: str, before: int, lost: pd.Series, reason: str) -> dict[str, Any]:
+    excluded = sorted(lost)
+    return {
+        "name": name,
+        "unit": unit,
+        "before": before,
+        "after": before - len(excluded),
+        "excluded": excluded,
+        "reason": reason,
+    }

@@ -1,0 +1,254 @@
+"""The configuration: read, filled with defaults, checked against the schema, and cut into sections per step.
+
+Imports nothing beyond PyYAML and jsonschema, so that Snakemake can use it in an environment of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import yaml
+
+from morphome.errors import MorphomeError
+from morphome.paths import Paths
+
+SCHEMA_PATH = Path(__file__).parent / "schemas" / "config.schema.yaml"
+
+#: Keys of a model's entry that are not settings of the model itself.
+_ENTRY_KEYS = ("model", "training")
+
+
+@functools.cache
+def schema() -> dict[str, Any]:
+    """The JSON schema of the configuration; the only place of its defaults."""
+    return yaml.safe_load(SCHEMA_PATH.read_text(encoding="utf-8"))
+
+
+def load_config(path: Path) -> dict[str, Any]:
+    """Read a YAML or JSON configuration, fill in the defaults and check it.
+
+    Raises:
+        MorphomeError: file missing, not YAML, or content that :func:`check_config` refuses.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MorphomeError(f"{path}: configuration file not found", "give an existing file") from None
+    except yaml.YAMLError as error:
+        raise MorphomeError(f"{path}: not valid YAML: {error}", "mend the file at that line") from None
+    if not isinstance(content, dict):
+        raise MorphomeError(f"{path}: empty or not a mapping", "see config.yaml for an example")
+    return check_config(content)
+
+
+def check_config(config: Mapping[str, Any], files: bool = True) -> dict[str, Any]:
+    """Fill in defaults and check a configuration; the input stays as it is.
+
+    Args:
+        config: as read from YAML.
+        files: also check that the tables and folders it names exist (those that the run makes itself excepted).
+
+    Returns:
+        A complete copy in which every model entry has ``name, model, settings, training``.
+
+    Raises:
+        MorphomeError: naming the key or file and the remedy, one line per problem.
+    """
+    full = copy.deepcopy(dict(config))
+    _fill(full, schema())
+    problems = [_explain(error) for error in _validator(schema()).iter_errors(full)]
+    if isinstance(full.get("models"), dict) and isinstance(full.get("training"), dict):
+        full["models"], found = _resolve_models(full)
+        problems += found
+    if not problems:
+        full = _name_simulated(full, str(Paths(full).simulated))
+    if not problems:
+        problems = _contradictions(full)
+    if not problems and files:
+        problems = _missing_files(full)
+    if problems:
+        raise MorphomeError("configuration: " + "\n  ".join(problems))
+    return full
+
+
+def _validator(part: Mapping[str, Any]) -> jsonschema.Draft202012Validator:
+    # Sub-schemas (models) refer to nothing outside themselves, so they validate alone.
+    return jsonschema.Draft202012Validator(part)
+
+
+def _resolve_ref(part: Mapping[str, Any]) -> Mapping[str, Any]:
+    while "$ref" in part:
+        target: Any = schema()
+        for step in part["$ref"].removeprefix("#/").split("/"):
+            target = target[step]
+        part = target
+    return part
+
+
+def _fill(value: Any, part: Mapping[str, Any]) -> None:
+    """Fill the defaults of ``part`` into ``value`` in place; absent sections are made when all in them is optional."""
+    part = _resolve_ref(part)
+    if part.get("type") != "object" or not isinstance(value, dict):
+        return
+    required = set(part.get("required", ()))
+    for key, sub in part.get("properties", {}).items():
+        sub = _resolve_ref(sub)
+        if key not in value:
+            if "default" in sub:
+                value[key] = copy.deepcopy(sub["default"])
+            elif sub.get("type") == "object" and key not in required and key != "simulate" and not sub.get("required"):
+                value[key] = {}
+        elif value[key] is None and sub.get("type") == "object":
+            value[key] = {}  # "simulate:" with nothing behind it means all defaults
+        if key in value:
+            _fill(value[key], sub)
+
+
+def _resolve_models(full: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    known = schema()["$defs"]["models"]
+    models: dict[str, Any] = {}
+    problems: list[str] = []
+    for name, given in full["models"].items():
+        if not isinstance(given, (dict, type(None))):
+            continue  # the schema's own message stands
+        entry = dict(given or {})
+        key = entry.pop("model", name)
+        training = {**full["training"], **(entry.pop("training", None) or {})}
+        if key not in known:
+            problems.append(
+                f"models.{name}: there is no model '{key}'{_nearest(key, known)}; known: {', '.join(known)}"
+            )
+            continue
+        _fill(entry, known[key])
+        for prefix, content, part in (
+            (f"models.{name}", entry, known[key]),
+            (f"models.{name}.training", training, schema()["$defs"]["training"]),
+        ):
+            problems += [_explain(error, prefix) for error in _validator(part).iter_errors(content)]
+        models[name] = {"name": name, "model": key, "settings": entry, "training": training}
+    return models, problems
+
+
+def _contradictions(full: Mapping[str, Any]) -> list[str]:
+    """Rules between keys that a JSON schema says poorly."""
+    problems = []
+    molecular = full["molecular"]
+    for panel in set(full["cohort"]["require"]) - {"wsi"}:
+        if panel not in molecular:
+            problems.append(
+                f"cohort.require: '{panel}' is required but molecular.{panel} is not configured. "
+                f"Remedy: add molecular.{panel} or take '{panel}' out of cohort.require"
+            )
+    if full["features"]["source"] == "external" and "path" not in full["features"]:
+        problems.append("features.path: needed with features.source 'external'. Remedy: name the file or folder")
+    needs_sheet = full["features"]["source"] == "encode"
+    if needs_sheet and "sheet" not in full["slides"]:
+        problems.append("slides.sheet: needed to encode slides. Remedy: a TSV with slide_id, patient_id, path")
+    for panel in ("rna", "mut", "cnv"):
+        table = molecular.get(panel)
+        if not table:
+            continue
+        allowed = {
+            "rna": {"star_counts", "porpoise", "csv"},
+            "mut": {"maf", "porpoise", "csv"},
+            "cnv": {"gdc_gene_level", "porpoise", "csv"},
+        }[panel]
+        if table["format"] not in allowed:
+            problems.append(
+                f"molecular.{panel}.format: '{table['format']}' is no format for {panel}. "
+                f"Remedy: one of {', '.join(sorted(allowed))}"
+            )
+        if table["format"] in {"star_counts", "gdc_gene_level"} and "sheet" not in molecular:
+            problems.append(
+                f"molecular.sheet: needed for molecular.{panel} with format {table['format']}. "
+                "Remedy: name the GDC sample sheet that lists its files"
+            )
+    if full["splits"]["scheme"] == "published" and "folder" not in full["splits"]:
+        problems.append(
+            "splits.folder: needed with splits.scheme 'published'. Remedy: name the folder of splits_<k>.csv"
+        )
+    if "simulate" in full and full["simulate"]["tiles_min"] > full["simulate"]["tiles_max"]:
+        problems.append("simulate.tiles_min: larger than simulate.tiles_max. Remedy: swap them")
+    for name, entry in full["models"].items():
+        for need in _model_needs(entry):
+            if need not in molecular:
+                problems.append(
+                    f"models.{name}: needs molecular.{need}, which is not configured. "
+                    f"Remedy: add molecular.{need} or take the model out"
+                )
+    return problems
+
+
+def _model_needs(entry: Mapping[str, Any]) -> list[str]:
+    if entry["model"] == "mome":
+        return ["groups"]
+    if entry["model"] == "coxnet_genes":
+        return list(entry["settings"]["panels"])
+    return []
+
+
+def named_files(full: Mapping[str, Any]) -> dict[str, Path]:
+    """Every file or folder that the configuration names, by key."""
+    named = {
+        "cohort.clinical.path": full["cohort"]["clinical"]["path"],
+        "cohort.covariates.path": full["cohort"].get("covariates", {}).get("path"),
+        "slides.sheet": full["slides"].get("sheet"),
+        "slides.folder": full["slides"].get("folder"),
+        "features.path": full["features"].get("path"),
+        "splits.folder": full["splits"].get("folder") if full["splits"]["scheme"] == "published" else None,
+        "molecular.sheet": full["molecular"].get("sheet"),
+    }
+    for part in ("rna", "mut", "cnv", "groups"):
+        named[f"molecular.{part}.path"] = full["molecular"].get(part, {}).get("path")
+    return {key: Path(value) for key, value in named.items() if value}
+
+
+def _name_simulated(value: Any, folder: str) -> Any:
+    """Replace ``{simulated}`` in every text by the folder of the simulated cohort."""
+    if isinstance(value, dict):
+        return {key: _name_simulated(item, folder) for key, item in value.items()}
+    if isinstance(value, str):
+        return value.replace("{simulated}", folder)
+    return value
+
+
+def _missing_files(full: Mapping[str, Any]) -> list[str]:
+    made_here = Paths(full).simulated if "simulate" in full else None
+    return [
+        f"{key}: {path} does not exist (looked from {Path.cwd()}). Remedy: correct the path"
+        for key, path in named_files(full).items()
+        if not path.exists() and not (made_here and path.is_relative_to(made_here))
+    ]
+
+
+def _explain(error: jsonschema.ValidationError, prefix: str = "") -> str:
+    """One line for one schema error: key, what is wrong, remedy."""
+    key = ".".join([*([prefix] if prefix else []), *(str(p) for p in error.absolute_path)]) or "(top level)"
+    if error.validator == "additionalProperties":
+        known = list(error.schema.get("properties", {}))
+        unknown = sorted(set(error.instance) - set(known))
+        base = "" if key == "(top level)" else key + "."
+        return "; ".join(
+            f"{base}{name}: unknown key{_nearest(name, known)}. Remedy: known keys are {', '.join(known) or 'none'}"
+            for name in unknown
+        )
+    if error.validator == "required":
+        missing = error.message.split("'")[1]
+        return f"{key}: '{missing}' is missing. Remedy: add it"
+    hint = error.schema.get("description", "")
+    allowed = f"one of {error.schema['enum']}" if "enum" in error.schema else hint
+    if error.validator == "type":
+        allowed = f"give a value of type {error.validator_value}" + (f" ({hint})" if hint else "")
+    return f"{key}: {error.message}. Remedy: {allowed or 'give a value that the schema allows'}"
+
+
+def _nearest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1) or [k for k in known if k.startswith(word)]
+    return f" (did you mean '{close[0]}'?)" if close else ""

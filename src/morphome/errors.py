@@ -1,0 +1,21 @@
+"""One exception and one warning for everything a user can mend."""
+
+from __future__ import annotations
+
+
+class MorphomeError(Exception):
+    """A failure that a user can mend: says what is wrong, in which file or key, and what to do.
+
+    Args:
+        problem: what is wrong; names the file, key, slide or fold.
+        remedy: what the user can do about it.
+    """
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        self.problem = problem
+        self.remedy = remedy
+        super().__init__(f"{problem}\n  Remedy: {remedy}" if remedy else problem)
+
+
+class MorphomeWarning(UserWarning):
+    """Something a reader of the results should know; the run goes on."""

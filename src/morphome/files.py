@@ -1,0 +1,190 @@
+"""Every file of a results tree: atomic, stamped with format, version and the hash of its settings.
+
+A stamp is the dictionary ``{format, format_version, morphome_version, config_hash}``. It lies in the schema
+metadata of a Parquet file, under ``"stamp"`` in a JSON file and in the attributes of an HDF5 file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from morphome import __version__
+from morphome.errors import MorphomeError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: Newest version of each format that this code writes and reads. Older ones must still open.
+FORMAT_VERSION = 1
+_PARQUET_KEY = b"morphome"
+
+
+def settings_hash(settings: Mapping[str, Any]) -> str:
+    """First 12 hex digits of the sha256 of the settings as canonical JSON (sorted keys, no spaces)."""
+    text = json.dumps(settings, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def stamp(format_name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The stamp of a file of ``format_name`` that was made with ``settings``."""
+    return {
+        "format": format_name,
+        "format_version": FORMAT_VERSION,
+        "morphome_version": __version__,
+        "config_hash": settings_hash(settings),
+    }
+
+
+def check_stamp(
+    found: Mapping[str, Any], path: Path, format_name: str, settings: Mapping[str, Any] | None = None
+) -> None:
+    """Refuse a file of another format, of a future version, or (when ``settings`` is given) of other settings.
+
+    Raises:
+        MorphomeError: naming the file, what was found and what was expected.
+    """
+    if found.get("format") != format_name:
+        raise MorphomeError(
+            f"{path}: this is a '{found.get('format', 'file without a morphome stamp')}', not a '{format_name}'",
+            "check the path in the configuration, or delete the file and run the step again",
+        )
+    version = int(found.get("format_version", 0))
+    if version > FORMAT_VERSION:
+        raise MorphomeError(
+            f"{path}: format version {version} is newer than this morphome understands ({FORMAT_VERSION})",
+            "update morphome, or delete the file and run the step again",
+        )
+    if settings is not None and found.get("config_hash") != settings_hash(settings):
+        raise MorphomeError(
+            f"{path}: made by other settings (hash {found.get('config_hash')}, expected {settings_hash(settings)})",
+            "run the step that makes this file again (Snakemake does it by itself), or choose another 'name'",
+        )
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside ``path`` (same suffix); on success it replaces ``path``, else it is removed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem[:80]}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes 0600; outputs follow the user's umask as if they had been opened plainly.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write UTF-8 text atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(content: Mapping[str, Any], path: Path, format_name: str, settings: Mapping[str, Any]) -> None:
+    """Write a JSON object atomically, with its stamp under ``"stamp"``. NaN becomes null."""
+    body = {"stamp": stamp(format_name, settings), **_plain(content)}
+    write_text(json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False) + "\n", path)
+
+
+def read_json(path: Path, format_name: str, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Read a JSON object written by :func:`write_json`, checking its stamp."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise _missing(path, format_name) from None
+    check_stamp(content.get("stamp", {}), path, format_name, settings)
+    return content
+
+
+def write_parquet(
+    table: pd.DataFrame,
+    path: Path,
+    format_name: str,
+    settings: Mapping[str, Any],
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a table atomically (no index), its stamp and ``extra`` in the schema metadata.
+
+    Args:
+        table: columns are written as they are; the index is dropped.
+        extra: further JSON-able facts of the whole table (unit, value type, time grid ...).
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    arrow = pa.Table.from_pandas(table, preserve_index=False)
+    meta = json.dumps({"stamp": stamp(format_name, settings), **_plain(extra or {})})
+    arrow = arrow.replace_schema_metadata({**(arrow.schema.metadata or {}), _PARQUET_KEY: meta.encode()})
+    with atomic_path(path) as temporary:
+        pq.write_table(arrow, temporary, compression="zstd")
+
+
+def parquet_meta(path: Path) -> dict[str, Any]:
+    """``{"stamp": …, **extra}`` of a table written by :func:`write_parquet`; empty for foreign files."""
+    import pyarrow.parquet as pq
+
+    raw = (pq.read_schema(path).metadata or {}).get(_PARQUET_KEY)
+    return json.loads(raw) if raw else {}
+
+
+def read_parquet(
+    path: Path, format_name: str, settings: Mapping[str, Any] | None = None, columns: list[str] | None = None
+) -> pd.DataFrame:
+    """Read a table written by :func:`write_parquet`, checking its stamp; ``extra`` is in ``.attrs``."""
+    import pandas as pd
+
+    if not Path(path).exists():
+        raise _missing(path, format_name)
+    meta = parquet_meta(path)
+    check_stamp(meta.pop("stamp", {}), path, format_name, settings)
+    table = pd.read_parquet(path, columns=columns)
+    table.attrs = meta
+    return table
+
+
+def file_sha256(path: Path, limit_bytes: int | None = None) -> str:
+    """sha256 of a file (of its first ``limit_bytes`` when given), as hex."""
+    digest = hashlib.sha256()
+    left = limit_bytes
+    with Path(path).open("rb") as handle:
+        while chunk := handle.read(1 << 20 if left is None else min(1 << 20, left)):
+            digest.update(chunk)
+            if left is not None:
+                left -= len(chunk)
+                if left <= 0:
+                    break
+    return digest.hexdigest()
+
+
+def _missing(path: Path, format_name: str) -> MorphomeError:
+    return MorphomeError(f"{path}: file not found ({format_name})", "run the step that makes it first")
+
+
+def _plain(value: Any) -> Any:
+    """JSON-able copy: numpy scalars and arrays to Python, paths to text, NaN and infinities to None."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [_plain(v) for v in value]
+    if hasattr(value, "tolist"):  # numpy scalar or array
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None
+    if isinstance(value, Path):
+        return str(value)
+    return value

@@ -1,0 +1,1 @@
+"""Molecular tables and gene groups. Knows neither pixels nor outcomes."""

@@ -1,0 +1,151 @@
+"""The only place that knows file names of a results tree. The Snakefile and the command line both ask it.
+
+Standard library only. A wildcard such as ``"{slide}"`` may stand for any name, which gives Snakemake its patterns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PANELS = ("rna", "mut", "cnv")
+EVALUATION_TABLES = ("oof", "metrics", "summary", "km", "risk_groups", "comparisons")
+REPORT_TABLES = (
+    "model_table",
+    "metrics_per_fold",
+    "baseline",
+    "flow",
+    "splits",
+    "slides",
+    "risk_groups",
+    "comparisons",
+    "run_times",
+    "expert_use",
+)
+RUN_FILES = ("predictions.parquet", "history.parquet", "diagnostics.parquet", "model.safetensors", "run.json")
+
+
+@dataclass(frozen=True)
+class TileFiles:
+    """What the tile step writes for one slide."""
+
+    h5: Path
+    qc: Path
+    geojson: Path
+    thumbnail: Path
+
+
+class Paths:
+    """Names below ``<output>/<name>/`` for one checked configuration."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+        self.root = Path(config["output"]) / config["name"]
+
+    # -- the simulated cohort, and the record of the configuration ------------------------------------------
+    @property
+    def simulated(self) -> Path:
+        return self.root / "simulated"
+
+    @property
+    def oracle(self) -> Path:
+        return self.simulated / "oracle.json"
+
+    def config(self, content_hash: str) -> Path:
+        return self.root / "config" / f"{content_hash}.json"
+
+    def log(self, step: str, *wildcards: str) -> Path:
+        return self.root / "logs" / step / ("_".join(wildcards) + ".log" if wildcards else f"{step}.log")
+
+    # -- cohort and molecular tables ------------------------------------------------------------------------
+    @property
+    def patients(self) -> Path:
+        return self.root / "cohort" / "patients.parquet"
+
+    @property
+    def slides(self) -> Path:
+        return self.root / "cohort" / "slides.parquet"
+
+    @property
+    def cohort_flow(self) -> Path:
+        return self.root / "cohort" / "flow.json"
+
+    @property
+    def panels(self) -> dict[str, Path]:
+        """Panels that the configuration asks for, by name."""
+        asked = self._config["molecular"]
+        return {panel: self.root / "genomics" / f"{panel}.parquet" for panel in PANELS if panel in asked}
+
+    @property
+    def groups(self) -> Path | None:
+        return self.root / "genomics" / "groups.json" if "groups" in self._config["molecular"] else None
+
+    # -- slides and features --------------------------------------------------------------------------------
+    def tiles(self, slide: str) -> TileFiles:
+        from morphome.features.registry import tiling_key
+
+        folder = self.root / "tiles" / tiling_key(self._config["tiling"])
+        return TileFiles(*(folder / f"{slide}{end}" for end in (".h5", ".json", ".geojson", ".jpg")))
+
+    @property
+    def feature_folder(self) -> Path:
+        from morphome.features.registry import fingerprint
+
+        if self._config["features"]["source"] == "external":
+            return self.root / "features" / "external"
+        return self.root / "features" / fingerprint(self._config["features"], self._config["tiling"])
+
+    def features(self, slide: str) -> Path:
+        return self.feature_folder / f"{slide}.h5"
+
+    def timing(self, slide: str) -> Path:
+        return self.feature_folder / f"{slide}.json"
+
+    @property
+    def index(self) -> Path:
+        return self.feature_folder / "index.parquet"
+
+    @property
+    def audit(self) -> Path:
+        return self.feature_folder / "audit.parquet"
+
+    # -- analysis -------------------------------------------------------------------------------------------
+    @property
+    def analysis(self) -> Path:
+        return self.root / "analysis" / "patients.parquet"
+
+    @property
+    def analysis_flow(self) -> Path:
+        return self.root / "analysis" / "flow.json"
+
+    @property
+    def splits(self) -> Path:
+        return self.root / "splits" / f"{self._config['splits']['scheme']}.parquet"
+
+    @property
+    def split_facts(self) -> Path:
+        return self.splits.with_suffix(".json")
+
+    def run(self, model: str, repeat: int | str, fold: int | str) -> Path:
+        return self.root / "runs" / model / f"r{repeat}" / f"f{fold}"
+
+    def run_files(self, model: str, repeat: int | str, fold: int | str) -> list[Path]:
+        return [self.run(model, repeat, fold) / name for name in RUN_FILES]
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "evaluation"
+
+    @property
+    def evaluation_tables(self) -> list[Path]:
+        return [self.evaluation / f"{name}.parquet" for name in EVALUATION_TABLES]
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report" / "report.html"
+
+    @property
+    def report_tables(self) -> list[Path]:
+        return [self.report.parent / "tables" / f"{name}.csv" for name in REPORT_TABLES]

@@ -1,0 +1,170 @@
+"""The steps of a run: which settings each may see, which code stands behind it, and what a file was made with.
+
+A step receives only the keys listed here, so that a key outside the list can neither change its result nor make
+Snakemake repeat it. Standard library only (used while the DAG is built).
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from morphome.files import check_stamp, settings_hash, write_text
+from morphome.paths import Paths
+
+PACKAGE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: the dotted keys of the configuration that it may see, and the module that does the work."""
+
+    keys: tuple[str, ...]
+    module: str
+
+
+STEPS: dict[str, Step] = {
+    "simulate": Step(("simulate",), "morphome.cohort.simulate"),
+    "cohort": Step(
+        ("cohort", "slides.sheet", "slides.folder", "features.source", "features.path"),
+        "morphome.cohort.manifest",
+    ),
+    "genes": Step(("molecular",), "morphome.genomics.panels"),
+    "tile": Step(("tiling",), "morphome.slides.tile"),
+    "encode": Step(
+        ("tiling", "features.source", "features.encoder", "features.max_failed_tiles"),
+        "morphome.features.encode",
+    ),
+    "collect": Step(("slides.max_failed_fraction", "tiling", "features"), "morphome.features.collect"),
+    "import": Step(("slides.max_failed_fraction", "features.source", "features.path"), "morphome.features.external"),
+    "assemble": Step(("cohort.require",), "morphome.cohort.assemble"),
+    "split": Step(("splits", "evaluation.horizon_months"), "morphome.splits"),
+    "train": Step((), "morphome.training.run"),
+    "evaluate": Step(("evaluation",), "morphome.evaluation.evaluate"),
+    "report": Step(("*",), "morphome.report.build"),
+}
+
+
+def step_settings(
+    config: Mapping[str, Any], step: str, *, slide: str | None = None, model: str | None = None
+) -> dict[str, Any]:
+    """The part of a checked configuration that ``step`` may see.
+
+    Args:
+        slide: for per-slide steps; only this slide's ``mpp_overrides`` are passed on.
+        model: for ``train``; only this row's entry is passed on.
+    """
+    if step == "train":
+        return {"model": config["models"][model]}
+    keys = STEPS[step].keys
+    if keys == ("*",):
+        return dict(config)
+    chosen: dict[str, Any] = {}
+    for key in keys:
+        _copy(config, chosen, key.split("."))
+    if slide is not None and "tiling" in chosen:
+        overrides = chosen["tiling"]["mpp_overrides"]
+        mine = {slide: overrides[slide]} if slide in overrides else {}
+        chosen["tiling"] = {**chosen["tiling"], "mpp_overrides": mine}
+    return chosen
+
+
+def _copy(source: Mapping[str, Any], target: dict[str, Any], key: list[str]) -> None:
+    head, *rest = key
+    if head not in source:
+        return
+    if not rest:
+        target[head] = source[head]
+    else:
+        _copy(source[head], target.setdefault(head, {}), rest)
+
+
+def step_key(config: Mapping[str, Any], step: str, **wildcards: str) -> str:
+    """Hash of the settings of one job; a Snakemake parameter, so that a changed setting repeats the job."""
+    return settings_hash(step_settings(config, step, **wildcards))
+
+
+def write_resolved(config: Mapping[str, Any]) -> Path:
+    """Write the checked configuration under its own hash (never overwritten, so that running jobs keep theirs)."""
+    text = json.dumps(config, indent=1, sort_keys=True, ensure_ascii=False)
+    path = Paths(config).config(settings_hash(config))
+    if not path.exists():
+        write_text(text + "\n", path)
+    return path
+
+
+@functools.cache
+def code_hash(step: str) -> str:
+    """Hash of every module of morphome that the step's module imports, directly or not, and their data files.
+
+    Snakemake does not notice edits of a package; as a parameter of the rule this repeats what they touch.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(_closure(STEPS[step].module)):
+        digest.update(str(path.relative_to(PACKAGE)).encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _closure(module: str) -> set[Path]:
+    seen: dict[str, Path] = {}
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        path = _file_of(name)
+        if name in seen or path is None:
+            continue
+        seen[name] = path
+        waiting += _imports(path)
+    files = set(seen.values())
+    for folder in {path.parent for path in files if path.name != "__init__.py"} - {PACKAGE}:
+        files |= {p for sub in ("templates", "data") for p in (folder / sub).glob("*") if p.is_file()}
+    return files
+
+
+@functools.cache
+def _imports(path: Path) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return [name for name in names if name.split(".")[0] == "morphome"]
+
+
+def _file_of(module: str) -> Path | None:
+    path = PACKAGE.joinpath(*module.split(".")[1:])
+    for candidate in (path.with_suffix(".py"), path / "__init__.py"):
+        if candidate.is_file() and candidate != PACKAGE / "__init__.py":
+            return candidate
+    return None
+
+
+def require_made_by(path: Path, format_name: str, settings: Mapping[str, Any]) -> Path:
+    """Return ``path`` if its stamp says that it was made with ``settings``; otherwise refuse it by name."""
+    if path.suffix == ".parquet":
+        from morphome.files import parquet_meta
+
+        found = parquet_meta(path).get("stamp", {}) if path.exists() else None
+    elif path.suffix == ".h5":
+        import h5py
+
+        found = None
+        if path.exists():
+            with h5py.File(path) as handle:
+                found = dict(handle.attrs)
+    else:
+        found = json.loads(path.read_text(encoding="utf-8")).get("stamp", {}) if path.exists() else None
+    if found is None:
+        from morphome.errors import MorphomeError
+
+        raise MorphomeError(f"{path}: file not found ({format_name})", "run the step that makes it first")
+    check_stamp(found, path, format_name, settings)
+    return path

@@ -1,0 +1,1 @@
+"""Fold data, losses, the one trainer and the linear baselines."""

@@ -1,0 +1,94 @@
+"""What the DAG is made of: the slides, runs and input files that a checked configuration stands for.
+
+Asked by the Snakefile and by the commands, so that both see the same lists. Standard library only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from morphome.errors import MorphomeError
+from morphome.paths import PANELS, Paths
+
+
+def slide_paths(config: Mapping[str, Any]) -> dict[str, Path]:
+    """``{slide_id: file}`` of every slide that can be tiled, in the order of the sheet.
+
+    Slides that the sheet lists without a file on disk stay out; the cohort manifest names them.
+
+    Raises:
+        MorphomeError: no slide of the sheet was found.
+    """
+    if config["features"]["source"] == "external":
+        return {}
+    if "simulate" in config:
+        from morphome.cohort.design import design
+
+        folder = Paths(config).simulated / "slides"
+        return {slide.slide_id: folder / slide.file_name for slide in design(config["simulate"]).slides}
+    from morphome.cohort.slide_sheet import read_slide_sheet
+
+    sheet, folder = Path(config["slides"]["sheet"]), config["slides"].get("folder")
+    rows, _ = read_slide_sheet(sheet, Path(folder) if folder else None)
+    found = {row.slide_id: Path(row.path) for row in rows if Path(row.path).exists()}
+    if not found:
+        raise MorphomeError(
+            f"{sheet}: none of its {len(rows)} slides was found on disk",
+            "check the paths in the sheet, or slides.folder",
+        )
+    return found
+
+
+def run_folders(config: Mapping[str, Any]) -> list[tuple[str, Path]]:
+    """``(row name, folder)`` of every model x repeat x fold."""
+    paths = Paths(config)
+    return [
+        (name, paths.run(name, repeat, fold))
+        for name in config["models"]
+        for repeat in range(config["splits"]["repeats"])
+        for fold in range(config["splits"]["folds"])
+    ]
+
+
+def simulated_files(config: Mapping[str, Any]) -> list[Path]:
+    """Every file that ``morphome simulate`` writes."""
+    from morphome.cohort.design import design
+
+    folder = Paths(config).simulated
+    return [folder / name for name in design(config["simulate"]).files]
+
+
+def molecular_files(config: Mapping[str, Any]) -> list[Path]:
+    """Input files of the molecular tables and gene groups."""
+    molecular = config["molecular"]
+    named = [Path(molecular["sheet"])] if "sheet" in molecular else []
+    for part in (*PANELS, "groups"):
+        if part in molecular:
+            named += _files_of(config, Path(molecular[part]["path"]), depth=2)
+    return sorted(set(named))
+
+
+def external_feature_files(config: Mapping[str, Any]) -> list[Path]:
+    """The files of ``features.path`` with ``features.source: external``; empty otherwise."""
+    if config["features"]["source"] != "external":
+        return []
+    return _files_of(config, Path(config["features"]["path"]), depth=1)
+
+
+def split_files(config: Mapping[str, Any]) -> list[Path]:
+    """Published fold files with ``splits.scheme: published``; empty otherwise."""
+    if config["splits"]["scheme"] != "published":
+        return []
+    return sorted(Path(config["splits"]["folder"]).glob("splits_*.csv"))
+
+
+def _files_of(config: Mapping[str, Any], path: Path, depth: int) -> list[Path]:
+    """``path`` itself if it is a file, else the files in it down to ``depth``; of a simulated folder, those to come."""
+    if "simulate" in config and path.is_relative_to(Paths(config).simulated):
+        return [file for file in simulated_files(config) if file == path or path in file.parents]
+    if not path.is_dir():
+        return [path]
+    patterns = ["*", "*/*"][:depth]
+    return sorted(f for pattern in patterns for f in path.glob(pattern) if f.is_file() and f.name[0] != ".")

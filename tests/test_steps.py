@@ -1,0 +1,90 @@
+"""A step sees only its own settings, and its code hash follows what it imports."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import yaml
+
+from morphome.config import check_config
+from morphome.steps import STEPS, _closure, code_hash, step_key, step_settings, write_resolved
+
+
+@pytest.fixture
+def config(repository):
+    return yaml.safe_load((repository / "config.yaml").read_text())
+
+
+def keys_that_changed(before, after, slides=("A", "B"), models=("mome", "abmil")):
+    """Names of the jobs whose key differs between two configurations."""
+    before, after = check_config(before), check_config(after)
+    changed = set()
+    for step in STEPS:
+        wildcards = [{}]
+        if step in {"tile", "encode"}:
+            wildcards = [{"slide": s} for s in slides]
+        if step == "train":
+            wildcards = [{"model": m} for m in models]
+        for wildcard in wildcards:
+            if step_key(before, step, **wildcard) != step_key(after, step, **wildcard):
+                changed.add(" ".join([step, *wildcard.values()]))
+    return changed
+
+
+def changed(config, section, **values):
+    return {**config, section: {**(config.get(section) or {}), **values}}
+
+
+def test_a_model_setting_touches_that_model_alone(config):
+    after = changed(config, "models", mome={"router": "soft"})
+    assert keys_that_changed(config, after) == {"train mome", "report"}
+
+
+def test_a_training_setting_touches_all_models(config):
+    assert keys_that_changed(config, changed(config, "training", epochs=3)) == {"train mome", "train abmil", "report"}
+
+
+def test_one_slides_mpp_override_touches_that_slide(config):
+    after = changed(config, "tiling", mpp_overrides={"A": 0.25})
+    assert keys_that_changed(config, after) == {"tile A", "encode A", "collect", "report"}
+
+
+def test_the_failure_limit_touches_the_index_alone(config):
+    assert keys_that_changed(config, changed(config, "slides", max_failed_fraction=0.5)) == {"collect", "report"}
+
+
+def test_bootstrap_touches_the_evaluation_alone(config):
+    assert keys_that_changed(config, changed(config, "evaluation", bootstrap=5)) == {"evaluate", "report"}
+
+
+def test_settings_outside_a_step_are_not_handed_over(config):
+    full = check_config(config)
+    assert set(step_settings(full, "tile", slide="A")) == {"tiling"}
+    assert set(step_settings(full, "train", model="mome")) == {"model"}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_every_step_has_code_that_exists(step):
+    assert importlib.util.find_spec(STEPS[step].module) is not None
+    assert len(code_hash(step)) == 12
+
+
+def test_the_closure_follows_imports_and_stays_in_its_rooms():
+    tile = {path.name for path in _closure("morphome.slides.tile")}
+    assert {"tile.py", "grid.py", "files.py", "errors.py"} <= tile
+    train = {path.parent.name for path in _closure("morphome.training.run")}
+    assert "models" in train
+    assert not train & {"report", "evaluation", "slides"}
+    report = {path.parent.name for path in _closure("morphome.report.build")}
+    assert "templates" in report
+    assert not report & {"models", "training"}
+
+
+def test_the_resolved_configuration_is_written_once_under_its_hash(config, tmp_path):
+    full = check_config({**config, "output": str(tmp_path)})
+    path = write_resolved(full)
+    written = path.stat().st_mtime_ns
+    assert write_resolved(full) == path
+    assert path.stat().st_mtime_ns == written
+    assert write_resolved({**full, "title": "x"}) != path

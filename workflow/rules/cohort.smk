@@ -1,0 +1,57 @@
+if "simulate" in CONFIG:
+
+    rule simulate:
+        output:
+            simulated_files(CONFIG),
+        log:
+            PATHS.log("simulate"),
+        conda:
+            "../../envs/slides.yaml"
+        resources:
+            mem_mb=2000,
+        params:
+            key=key_of("simulate"),
+            code=code_hash("simulate"),
+        shell:
+            "{MORPHOME} simulate --config {RESOLVED:q} > {log:q} 2>&1"
+
+
+rule cohort:
+    input:
+        clinical=CONFIG["cohort"]["clinical"]["path"],
+        covariates=CONFIG["cohort"].get("covariates", {}).get("path", []),
+        sheet=CONFIG["slides"].get("sheet", []),
+        external=external_feature_files(CONFIG),
+    output:
+        patients=PATHS.patients,
+        slides=PATHS.slides,
+        flow=PATHS.cohort_flow,
+    log:
+        PATHS.log("cohort"),
+    conda:
+        "../../envs/models.yaml"
+    resources:
+        mem_mb=2000,
+    params:
+        key=key_of("cohort"),
+        code=code_hash("cohort"),
+    shell:
+        "{MORPHOME} cohort --config {RESOLVED:q} > {log:q} 2>&1"
+
+
+rule genes:
+    input:
+        molecular_files(CONFIG),
+    output:
+        [*PATHS.panels.values(), *([PATHS.groups] if PATHS.groups else [])],
+    log:
+        PATHS.log("genes"),
+    conda:
+        "../../envs/models.yaml"
+    resources:
+        mem_mb=8000,
+    params:
+        key=key_of("genes"),
+        code=code_hash("genes"),
+    shell:
+        "{MORPHOME} genes --config {RESOLVED:q} > {log:q} 2>&1"

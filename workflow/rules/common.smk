@@ -1,0 +1,64 @@
+"""The configuration, checked before any rule exists, and the helpers that rules share."""
+
+import shlex
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+from snakemake.settings.enums import DeploymentMethod
+
+SOURCE = Path(workflow.current_basedir).parent.parent / "src"
+sys.path.insert(0, str(SOURCE))
+
+from morphome.config import check_config
+from morphome.errors import MorphomeError
+from morphome.paths import Paths
+from morphome.steps import code_hash, step_key, write_resolved
+from morphome.workflow import (
+    external_feature_files,
+    molecular_files,
+    run_folders,
+    simulated_files,
+    slide_paths,
+    split_files,
+)
+
+try:
+    CONFIG = check_config(config)
+    SLIDES = slide_paths(CONFIG)
+except MorphomeError as error:
+    raise WorkflowError(str(error))
+
+PATHS = Paths(CONFIG)
+RESOLVED = write_resolved(CONFIG)
+# Inside a conda environment the interpreter is that environment's; otherwise it is the one that runs Snakemake,
+# whether or not its folder is on the PATH.
+PYTHON = (
+    "python"
+    if DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
+    else sys.executable
+)
+# Environments hold dependencies only; the package is this checkout's. Neither line is a parameter of a rule,
+# because where the code lies is no reason to repeat a job: its content is (code_hash).
+MORPHOME = f"PYTHONPATH={shlex.quote(str(SOURCE))} {shlex.quote(PYTHON)} -m morphome"
+
+
+wildcard_constraints:
+    slide="[^/]+",
+    model="[^/]+",
+    repeat=r"\d+",
+    fold=r"\d+",
+
+
+def slide_file(wildcards):
+    return SLIDES[wildcards.slide]
+
+
+def key_of(step):
+    """A function of the wildcards that gives the hash of the settings of one job."""
+
+    def key(wildcards):
+        known = {k: v for k, v in wildcards.items() if k in ("slide", "model")}
+        return step_key(CONFIG, step, **known)
+
+    return key

@@ -1,0 +1,52 @@
+rule evaluate:
+    input:
+        predictions=[
+            folder / "predictions.parquet" for _, folder in run_folders(CONFIG)
+        ],
+        facts=PATHS.split_facts,
+    output:
+        PATHS.evaluation_tables,
+    log:
+        PATHS.log("evaluate"),
+    conda:
+        "../../envs/models.yaml"
+    resources:
+        mem_mb=4000,
+    params:
+        key=key_of("evaluate"),
+        code=code_hash("evaluate"),
+    shell:
+        "{MORPHOME} evaluate --config {RESOLVED:q} > {log:q} 2>&1"
+
+
+rule report:
+    input:
+        flows=[PATHS.cohort_flow, PATHS.analysis_flow],
+        patients=PATHS.analysis,
+        audit=PATHS.audit,
+        thumbnails=[PATHS.tiles(slide).thumbnail for slide in SLIDES],
+        timings=[PATHS.timing(slide) for slide in SLIDES],
+        splits=[PATHS.splits, PATHS.split_facts],
+        evaluation=PATHS.evaluation_tables,
+        runs=[folder / "run.json" for _, folder in run_folders(CONFIG)],
+        groups=PATHS.groups or [],
+        oracle=PATHS.oracle if "simulate" in CONFIG else [],
+    output:
+        page=report(
+            PATHS.report,
+            caption="../report/report.rst",
+            category="Report",
+            labels={"run": CONFIG["name"]},
+        ),
+        tables=PATHS.report_tables,
+    log:
+        PATHS.log("report"),
+    conda:
+        "../../envs/report.yaml"
+    resources:
+        mem_mb=4000,
+    params:
+        key=key_of("report"),
+        code=code_hash("report"),
+    shell:
+        "{MORPHOME} report --config {RESOLVED:q} > {log:q} 2>&1"
