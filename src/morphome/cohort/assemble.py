@@ -42,7 +42,8 @@ def run_assemble(
     people = read_parquet(patients, "morphome.patients")
     listed = read_parquet(slides, "morphome.slides")
     bags = read_parquet(index, "morphome.feature_index")
-    steps = list(read_json(flow, "morphome.flow")["steps"])
+    manifest = read_json(flow, "morphome.flow")
+    steps = list(manifest["steps"])
 
     listed = listed[listed["included"] & listed["patient_id"].isin(people["patient_id"])]
     joined = listed.merge(bags, on="slide_id", how="left", suffixes=("", "_feature"), validate="one_to_one")
@@ -101,7 +102,12 @@ def run_assemble(
         )
     write_parquet(table, patients_out, "morphome.analysis", settings)
     write_json(
-        {"steps": steps, "n_patients": len(table), "n_events": int(table["event"].sum())},
+        {
+            "steps": steps,
+            "sources": manifest.get("sources", []),
+            "n_patients": len(table),
+            "n_events": int(table["event"].sum()),
+        },
         flow_out,
         "morphome.flow",
         settings,

@@ -1,0 +1,285 @@
+"""Which slides there are and whose: own sheets and GDC sample sheets.
+
+The standard library only, because the workflow reads the sheet while it builds its graph.
+
+* **Own sheet**: TSV or CSV with the columns ``slide_id``, ``patient_id``, ``path`` and, if wanted,
+  ``sample_type`` and ``slide_type``. Every row is taken: who lists a slide means it. A relative path is looked
+  up in the working directory first, then in the sheet's folder.
+* **GDC sample sheet** (with the folder of the files): rows of the data type "Slide Image"; the slide id is the
+  file name without its ending; the file lies at ``<folder>/<File ID>/<File Name>`` (as gdc-client writes it) or
+  ``<folder>/<File Name>``. Diagnostic slides (DX) of the tumour under study (sample codes 01, 03, 06) are
+  chosen, the others come back with a reason.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from morphome.cohort.barcode import TUMOUR_CODES, cut_suffix, sample_name, try_barcode
+from morphome.errors import MorphomeError
+
+#: Slide ids become file names and wildcards of the workflow: letters, digits, . _ ( ) + - and inner spaces.
+_SAFE_ID = re.compile(r"[A-Za-z0-9_(](?:[A-Za-z0-9._()+ -]*[A-Za-z0-9_()+-])?")
+_MAX_ID = 150
+_SLIDE_IMAGE = "slide image"
+#: The sheet's own words for what the barcode says in digits (older and newer sheets).
+_TEXT_CODES = {
+    "primary tumor": "01",
+    "primary": "01",
+    "recurrent tumor": "02",
+    "recurrence": "02",
+    "primary blood derived cancer - peripheral blood": "03",
+    "primary blood derived cancer - bone marrow": "03",
+    "additional - new primary": "05",
+    "new primary": "05",
+    "metastatic": "06",
+    "metastasis": "06",
+    "additional metastatic": "07",
+    "blood derived normal": "10",
+    "solid tissue normal": "11",
+    "normal": "11",
+}
+
+
+@dataclass(frozen=True)
+class SlideRow:
+    """One slide of a sheet.
+
+    Attributes:
+        slide_id: safe as a file name.
+        patient_id: the case.
+        path: as given or as found; empty when the sheet has none (features made elsewhere).
+        sample_type: TCGA sample code ("01") or the sheet's words; may be empty.
+        slide_type: "DX", "TS", "BS" or empty.
+        reason: empty for a chosen slide, else why it was left out.
+    """
+
+    slide_id: str
+    patient_id: str
+    path: str
+    sample_type: str = ""
+    slide_type: str = ""
+    reason: str = ""
+
+
+def read_rows(sheet: Path, setting: str = "slides.sheet") -> tuple[list[str], list[dict[str, str]]]:
+    """Header and rows of a TSV or CSV (tabs in the header line decide), as text, with the line in ``""``.
+
+    Raises:
+        MorphomeError: missing, empty, not UTF-8, a column named twice, or a row of another length.
+    """
+    try:
+        text = Path(sheet).read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise MorphomeError(f"{sheet}: file not found ({setting})", f"check the path in {setting}") from None
+    except IsADirectoryError:
+        raise MorphomeError(f"{sheet}: is a folder, not a table ({setting})", "name the file") from None
+    except UnicodeDecodeError:
+        raise MorphomeError(f"{sheet}: not a UTF-8 text table ({setting})", "save it as TSV or CSV") from None
+    first_line = text.split("\n", 1)[0]
+    if not first_line.strip():
+        raise MorphomeError(f"{sheet}: the table is empty ({setting})", "the first line holds the columns")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in first_line else ",")
+    header = [name.strip() for name in next(reader)]
+    twice = sorted({name for name in header if name and header.count(name) > 1})
+    if twice:
+        raise MorphomeError(f"{sheet}: the column '{twice[0]}' occurs twice", "rename or remove one of them")
+    rows = []
+    for cells in reader:
+        if not any(cell.strip() for cell in cells):
+            continue
+        if len(cells) != len(header):
+            raise MorphomeError(
+                f"{sheet}, line {reader.line_num}: {len(cells)} cells, but the header has {len(header)}",
+                "a cell with a comma or a tab must stand in double quotes",
+            )
+        row = {name: cell.strip() for name, cell in zip(header, cells, strict=True)}
+        rows.append({**row, "": str(reader.line_num)})
+    return header, rows
+
+
+def is_gdc(header: list[str]) -> bool:
+    """True for the header of a GDC sample sheet."""
+    return {"File ID", "File Name", "Case ID"} <= set(header)
+
+
+def read_slide_sheet(
+    sheet: Path, folder: Path | None = None, *, require_path: bool = True
+) -> tuple[list[SlideRow], list[SlideRow]]:
+    """Chosen and left-out slides of a sheet, both in the order of the sheet.
+
+    Args:
+        sheet: own sheet or GDC sample sheet (see the module).
+        folder: where the files of a GDC sample sheet lie.
+        require_path: False when features come from elsewhere: the sheet then only says whose slide it is.
+
+    Returns:
+        ``(chosen, left_out)``; the rows of ``left_out`` carry a ``reason``.
+
+    Raises:
+        MorphomeError: naming the sheet and line: a missing column, id or path, an unsafe or repeated slide id.
+    """
+    header, rows = read_rows(sheet)
+    if is_gdc(header):
+        if folder is None and require_path:
+            raise MorphomeError(
+                f"{sheet}: a GDC sample sheet needs the folder of its files",
+                "set slides.folder to the folder that gdc-client filled",
+            )
+        slides = [
+            _gdc_slide(row, sheet, folder) for row in rows if row.get("Data Type", _SLIDE_IMAGE).lower() == _SLIDE_IMAGE
+        ]
+    else:
+        needed = ["slide_id", "patient_id", *(["path"] if require_path else [])]
+        if missing := [name for name in needed if name not in header]:
+            raise MorphomeError(
+                f"{sheet}: no column '{missing[0]}' (slides.sheet); found: {', '.join(header)}",
+                f"a sheet of slides has the columns {', '.join(needed)}, or it is a GDC sample sheet "
+                "(File ID, File Name, Case ID)",
+            )
+        slides = [_own_slide(row, sheet, require_path) for row in rows]
+    if not slides:
+        raise MorphomeError(f"{sheet}: no slides in the sheet (slides.sheet)", "check that it is the right sheet")
+    seen: dict[str, int] = {}
+    for number, slide in enumerate(slides):
+        if slide.slide_id in seen:
+            raise MorphomeError(
+                f"{sheet}: slide id '{slide.slide_id}' occurs twice (patients "
+                f"{slides[seen[slide.slide_id]].patient_id} and {slide.patient_id})",
+                "give every slide its own id, or remove the repeated row",
+            )
+        seen[slide.slide_id] = number
+    return [s for s in slides if not s.reason], [s for s in slides if s.reason]
+
+
+def check_slide_id(slide_id: str, where: str) -> str:
+    """``slide_id`` when it is safe as a file name.
+
+    Raises:
+        MorphomeError: it is empty, longer than 150 characters, holds "/", "..", other unusual characters, or
+            starts with a dot, a dash or a space.
+    """
+    safe = _SAFE_ID.fullmatch(slide_id) and ".." not in slide_id and len(slide_id) <= _MAX_ID
+    if not safe:
+        shown = slide_id if len(slide_id) <= 80 else slide_id[:77] + "..."
+        raise MorphomeError(
+            f"{where}: slide id '{shown}' cannot be used as a file name",
+            "use letters, digits, . _ ( ) + - and inner spaces, no '..', at most 150 characters, "
+            "not starting with a dot or a dash",
+        )
+    return slide_id
+
+
+def locate(folder: Path, file_id: str, file_name: str) -> Path:
+    """``<folder>/<File ID>/<File Name>`` when it exists, else ``<folder>/<File Name>`` (which may not)."""
+    nested = Path(folder) / file_id / file_name
+    return nested if file_id and nested.exists() else Path(folder) / file_name
+
+
+def check_file_name(row: dict[str, str], sheet: Path) -> tuple[str, str]:
+    """File ID and File Name of a row of a GDC sheet; neither may lead out of the folder.
+
+    Raises:
+        MorphomeError: an empty file name, or a name with a folder in it.
+    """
+    file_id, name = row.get("File ID", ""), row.get("File Name", "")
+    bad = not name or any(part in (".", "..") or "/" in part or "\\" in part for part in (file_id, name))
+    if bad:
+        raise MorphomeError(
+            f"{sheet}, line {row['']}: '{name}' is not a plain file name", "use the sheet as the GDC wrote it"
+        )
+    return file_id, name
+
+
+def cases_of(row: dict[str, str]) -> list[str]:
+    """Distinct patients of a row of a GDC sheet (several are joined by commas), in their order."""
+    cases = [cell.strip() for cell in row.get("Case ID", "").split(",")]
+    return list(dict.fromkeys(case for case in cases if case))
+
+
+def sample_codes(row: dict[str, str]) -> list[tuple[str, str]]:
+    """Distinct ``(sample code, vial)`` of a row of a GDC sheet, in their order.
+
+    From the sample barcodes; for other projects' ids from the sheet's words (Sample Type, or Tissue Type with
+    Tumor Descriptor, which replaced it), without a vial. Empty when the sheet says nothing that is known.
+    """
+    found = []
+    for cell in row.get("Sample ID", "").split(","):
+        barcode = try_barcode(cell)
+        if barcode and barcode.sample_code:
+            found.append((barcode.sample_code, barcode.vial))
+    if not found:
+        for cell in row.get("Sample Type", "").split(","):
+            if code := _TEXT_CODES.get(cell.strip().lower()):
+                found.append((code, ""))
+    if not found:
+        tissues = [cell.strip().lower() for cell in row.get("Tissue Type", "").split(",")]
+        descriptors = [cell.strip().lower() for cell in row.get("Tumor Descriptor", "").split(",")]
+        for number, tissue in enumerate(tissues):
+            descriptor = descriptors[number] if number < len(descriptors) else ""
+            code = "11" if tissue == "normal" else _TEXT_CODES.get(descriptor)
+            if code:
+                found.append((code, ""))
+    return list(dict.fromkeys(found))
+
+
+def choose_slide(slide: SlideRow) -> SlideRow:
+    """The slide with a reason when it is no diagnostic slide of the tumour under study (see the module).
+
+    Slides whose type or sample is not known are kept: other projects have neither in their ids.
+    """
+    reason = slide.reason
+    if not reason and slide.slide_type and slide.slide_type != "DX":
+        reason = f"not a diagnostic slide ({slide.slide_type}: frozen section)"
+    if not reason and slide.sample_type.isdigit() and slide.sample_type not in TUMOUR_CODES:
+        reason = f"sample type {sample_name(slide.sample_type)}"
+    return replace(slide, reason=reason)
+
+
+def slide_from_id(slide_id: str, patient_id: str, path: str = "") -> SlideRow:
+    """A slide whose sample and slide type are read from its own TCGA barcode (else left empty)."""
+    barcode = try_barcode(slide_id)
+    if barcode is None:
+        return SlideRow(slide_id, patient_id, path)
+    return SlideRow(slide_id, patient_id, path, barcode.sample_code, barcode.slide_type)
+
+
+def _gdc_slide(row: dict[str, str], sheet: Path, folder: Path | None) -> SlideRow:
+    where = f"{sheet}, line {row['']}"
+    file_id, name = check_file_name(row, sheet)
+    slide_id = check_slide_id(cut_suffix(name), where)
+    cases = cases_of(row)
+    if not cases:
+        raise MorphomeError(f"{where}: no Case ID for '{name}'", "use the sheet as the GDC wrote it")
+    path = str(locate(folder, file_id, name)) if folder is not None else ""
+    slide = slide_from_id(slide_id, cases[0], path)
+    if len(cases) > 1:
+        return replace(slide, patient_id=", ".join(cases), reason="tissue of several patients")
+    if not slide.sample_type:  # some slides hang on a portion, other projects have no barcode in the name
+        codes = [code for code, _ in sample_codes(row)]
+        outside = [code for code in codes if code not in TUMOUR_CODES]
+        slide = replace(slide, sample_type=(outside or codes or [row.get("Sample Type", "")])[0])
+    return choose_slide(slide)
+
+
+def _own_slide(row: dict[str, str], sheet: Path, require_path: bool) -> SlideRow:
+    where = f"{sheet}, line {row['']}"
+    slide_id = check_slide_id(row["slide_id"], where)
+    if not row["patient_id"]:
+        raise MorphomeError(f"{where}: slide '{slide_id}' has no patient_id", "fill the cell or remove the row")
+    path = row.get("path", "")
+    if not path and require_path:
+        raise MorphomeError(f"{where}: slide '{slide_id}' has no path", "fill the cell or remove the row")
+    if path and not Path(path).is_absolute() and not Path(path).exists():
+        beside = Path(sheet).parent / path
+        path = str(beside) if beside.exists() else path
+    slide = slide_from_id(slide_id, row["patient_id"], path)
+    return replace(
+        slide,
+        sample_type=row.get("sample_type", "") or slide.sample_type,
+        slide_type=row.get("slide_type", "") or slide.slide_type,
+    )

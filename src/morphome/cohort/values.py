@@ -1,0 +1,96 @@
+"""Words of clinical tables to values: missing words, numbers, sex, stage, grade."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+
+#: Average month of the Gregorian calendar; every time given in days is divided by it.
+DAYS_PER_MONTH = 30.4375
+DAYS_PER_YEAR = 365.25
+
+_MISSING = {
+    *("", "'--", "--", "-", ".", "nan", "na", "n/a", "#n/a", "none", "null", "<na>"),
+    *("not reported", "unknown", "not applicable", "not available", "not evaluated", "unspecified"),
+}
+_BRACKETED = re.compile(r"\[[^\]]*\](?:\s*\|\s*\[[^\]]*\])*")
+_ROMAN = {"i": 1.0, "ii": 2.0, "iii": 3.0, "iv": 4.0}
+_STAGE = re.compile(r"(?:stage\s*)?(iv|i{1,3})(?:\s*[abc]?[1-3]?|s)?")
+_GRADE = re.compile(r"(?:g|grade\s*|who grade\s*)([1-4]|iv|i{1,3})")
+
+
+def is_missing(text: object) -> bool:
+    """True for an empty cell and for the words that stand for one, as ``'--`` and ``[Not Available]|[Unknown]``."""
+    if text is None or (isinstance(text, float) and math.isnan(text)):
+        return True
+    plain = str(text).strip().lower()
+    return plain in _MISSING or _BRACKETED.fullmatch(plain) is not None
+
+
+def number(text: object) -> float:
+    """A finite number, NaN for a missing word; other text raises ValueError."""
+    if is_missing(text):
+        return math.nan
+    value = float(str(text).strip())
+    if not math.isfinite(value):
+        raise ValueError(f"not a finite number: {text}")
+    return value
+
+
+def stage_of(text: object) -> float:
+    """Stage group 1-4 of AJCC and FIGO text, substages folded in ("Stage IIIC1" -> 3, "IS" of germ cells -> 1).
+
+    NaN for what has no place in 1-4: "Stage X", "Stage 0", a range as "I/II NOS", missing words. Plain numbers
+    1-4 are taken as they are.
+    """
+    if is_missing(text):
+        return math.nan
+    plain = str(text).strip().lower()
+    if plain in {"1", "2", "3", "4", "1.0", "2.0", "3.0", "4.0"}:
+        return float(plain)
+    match = _STAGE.fullmatch(plain)
+    return _ROMAN[match.group(1)] if match else math.nan
+
+
+def grade_of(text: object) -> float:
+    """Grade 1-4: "G1".."G4", "Grade II", plain numbers; "Low Grade" -> 1 and "High Grade" -> 3 (two-tier systems).
+
+    NaN for "GX", "GB" and missing words.
+    """
+    if is_missing(text):
+        return math.nan
+    plain = str(text).strip().lower()
+    if plain in {"1", "2", "3", "4", "1.0", "2.0", "3.0", "4.0"}:
+        return float(plain)
+    if plain in {"low grade", "high grade"}:
+        return 1.0 if plain == "low grade" else 3.0
+    match = _GRADE.fullmatch(plain)
+    if not match:
+        return math.nan
+    return _ROMAN.get(match.group(1)) or float(match.group(1))
+
+
+def sex_of(text: object) -> str | None:
+    """``"female"``, ``"male"`` or None."""
+    return {"female": "female", "f": "female", "male": "male", "m": "male"}.get(str(text).strip().lower())
+
+
+def word_of(text: object) -> str | None:
+    """The text itself, None for a missing word."""
+    return None if is_missing(text) else str(text).strip()
+
+
+def convert(cells: pd.Series, rule: Callable[[object], float]) -> tuple[pd.Series, dict[str, int]]:
+    """Every cell by ``rule``; with the counts of words that are not missing and gave nothing.
+
+    Returns:
+        float64 series, ``{"Stage X": 11, ...}``.
+    """
+    values = pd.Series([rule(cell) for cell in cells], index=cells.index, dtype=np.float64)
+    lost = Counter(str(c).strip() for c, v in zip(cells, values, strict=True) if math.isnan(v) and not is_missing(c))
+    return values, dict(sorted(lost.items()))

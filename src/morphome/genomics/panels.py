@@ -1,0 +1,73 @@
+"""Step ``genes``: molecular tables in one shape, and the gene groups that models read from them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from morphome.errors import MorphomeError, MorphomeWarning
+from morphome.files import write_json, write_parquet
+from morphome.genomics.groups import match_groups, read_groups
+from morphome.genomics.sources import read_panel
+
+PANELS = ("rna", "mut", "cnv")
+
+
+def run_genes(*, settings: Mapping[str, Any], panels_out: Mapping[str, Path], groups_out: Path | None) -> None:
+    """Read the configured molecular tables and gene groups.
+
+    Args:
+        settings: ``{"molecular": {"sheet", "rna", "mut", "cnv", "groups"}}`` as configured.
+        panels_out: panel name to ``morphome.panel``: ``patient_id`` and one float32 column per gene symbol,
+            sorted; NaN = not measured; patients without a file are absent. Extra: ``panel``, ``value_type``,
+            ``unit``, ``gene_ids``, ``n_files``, ``notes``.
+        groups_out: ``morphome.groups`` (see :func:`morphome.genomics.groups.match_groups`); without configured
+            groups its ``groups`` are empty.
+
+    Raises:
+        MorphomeError: naming the file or key: a table that cannot be read, or no group with a column.
+        ValueError: ``panels_out`` does not name exactly the configured panels.
+    """
+    molecular = settings.get("molecular") or {}
+    configured = [panel for panel in PANELS if panel in molecular]
+    if set(configured) != set(panels_out):
+        raise ValueError(f"panels configured: {configured}, outputs asked: {sorted(panels_out)}")
+    sheet = Path(molecular["sheet"]) if "sheet" in molecular else None
+    genes: dict[str, list[str]] = {}
+    for name in configured:
+        panel = read_panel(name, molecular[name], sheet)
+        table = pd.DataFrame(panel.values, columns=panel.genes, copy=False)
+        table.insert(0, "patient_id", panel.patients)
+        extra = {
+            "panel": name,
+            "value_type": panel.value_type,
+            "unit": panel.unit,
+            "gene_ids": panel.gene_ids,
+            "n_files": panel.n_files,
+            "source": molecular[name]["path"],
+            "notes": panel.notes,
+        }
+        write_parquet(table, panels_out[name], "morphome.panel", settings, extra)
+        genes[name] = panel.genes
+    if groups_out is not None:
+        write_json(_groups(molecular, genes), groups_out, "morphome.groups", settings)
+
+
+def _groups(molecular: Mapping[str, Any], genes: Mapping[str, list[str]]) -> dict[str, Any]:
+    if "groups" not in molecular:
+        return {"groups": {}, "match": {}, "dropped": {}, "source": None, "repeated": {}}
+    path, min_genes = molecular["groups"]["path"], molecular["groups"]["min_genes"]
+    groups, repeated = read_groups(Path(path))
+    content = match_groups(groups, genes, min_genes)
+    if not content["groups"]:
+        raise MorphomeError(
+            f"{path}: no group has {min_genes} columns in the molecular tables ({', '.join(genes) or 'none'})",
+            "check that the groups hold gene symbols, and molecular.groups.min_genes",
+        )
+    for name, reason in content["dropped"].items():
+        warnings.warn(MorphomeWarning(f"gene group '{name}' dropped: {reason}"), stacklevel=2)
+    return {**content, "source": path, "repeated": repeated}

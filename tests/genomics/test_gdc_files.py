@@ -1,0 +1,248 @@
+"""STAR counts, MAF and gene-level copy number as the GDC hands them out."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from morphome.errors import MorphomeError
+from morphome.genomics.gdc_files import choose_files, choose_samples
+from morphome.genomics.sources import read_panel
+
+HEADER = "File ID\tFile Name\tData Category\tData Type\tProject ID\tCase ID\tSample ID\tSample Type\n"
+RNA, MAF, CNV = "Gene Expression Quantification", "Masked Somatic Mutation", "Gene Level Copy Number"
+
+
+class Folder:
+    """A folder of GDC files with its sample sheet."""
+
+    def __init__(self, root: Path, kind: str) -> None:
+        self.root, self.kind, self.sheet = root, kind, root / "sheet.tsv"
+        self.sheet.write_text(HEADER)
+
+    def add(self, file_id: str, name: str, case: str, sample: str, content: bytes | None, nested: bool = True):
+        with self.sheet.open("a") as handle:
+            handle.write(f"{file_id}\t{name}\tx\t{self.kind}\tTCGA-X\t{case}\t{sample}\tPrimary Tumor\n")
+        if content is not None:
+            place = self.root / file_id if nested else self.root
+            place.mkdir(exist_ok=True)
+            (place / name).write_bytes(content)
+        return self
+
+    def read(self, panel: str, format_name: str, **more):
+        return read_panel(panel, {"format": format_name, "path": str(self.root), **more}, self.sheet)
+
+
+def star(*genes: tuple[str, str, str]) -> bytes:
+    """A STAR-count file with ``(gene_id, gene_name, tpm)``."""
+    lines = [
+        "# gene-model: GENCODE v36",
+        "gene_id\tgene_name\tgene_type\tunstranded\tstranded_first\tstranded_second\ttpm_unstranded\tfpkm_unstranded",
+        *(f"N_{word}\t\t\t9\t9\t9\t\t" for word in ("unmapped", "multimapping", "noFeature", "ambiguous")),
+        *(f"{gene_id}\t{name}\tprotein_coding\t1\t1\t1\t{tpm}\t0" for gene_id, name, tpm in genes),
+    ]
+    return ("\n".join(lines) + "\n").encode()
+
+
+A = ("ENSG001.1", "GA", "3.0")
+B = ("ENSG002.4", "GB", "1.0")
+B_TWIN = ("ENSG003.1", "GB", "6.0")
+PAR = ("ENSG001.1_PAR_Y", "GA", "100.0")
+
+
+def test_star_counts(tmp_path):
+    folder = Folder(tmp_path, RNA)
+    folder.add("u2", "two.tsv", "TCGA-05-0002", "TCGA-05-0002-01A", star(B_TWIN, A, B), nested=False)
+    folder.add("u1", "one.tsv", "TCGA-05-0001", "TCGA-05-0001-01A", star(A, ("ENSG002.4", "GB", "0"), B_TWIN, PAR))
+    panel = folder.read("rna", "star_counts")
+    assert panel.patients == ["TCGA-05-0001", "TCGA-05-0002"] and panel.genes == ["GA", "GB"]
+    assert panel.values.dtype == np.float32
+    # TPM of the two genes called GB are summed before the logarithm; PAR_Y and N_ rows are gone
+    np.testing.assert_allclose(panel.values, [[2.0, np.log2(7)], [2.0, 3.0]], rtol=1e-6)
+    assert (panel.value_type, panel.n_files) == ("log2_tpm_plus_1", 2)
+    assert panel.gene_ids == {"GA": "ENSG001.1", "GB": "ENSG002.4;ENSG003.1"}
+
+
+def test_one_file_per_patient_by_the_stated_rule(tmp_path):
+    folder = Folder(tmp_path, RNA)
+    tpm = {"u9": "01A", "u3": "01B", "u1": "11A", "u2": "02A", "u4": "01A"}
+    for number, (file_id, code) in enumerate(tpm.items()):
+        folder.add(file_id, "x.tsv", "TCGA-05-0001", f"TCGA-05-0001-{code}", star(("ENSG1.1", "G", f"{number}")))
+    folder.add("u5", "x.tsv", "TCGA-05-0002", "TCGA-05-0002-02A", star(("ENSG1.1", "G", "1")))
+    folder.add("u6", "x.tsv", "TCGA-05-0003", "TCGA-05-0003-06A", star(("ENSG1.1", "G", "15")))
+    panel = folder.read("rna", "star_counts")
+    assert panel.patients == ["TCGA-05-0001", "TCGA-05-0003"]  # 0002 has a recurrence only
+    np.testing.assert_allclose(panel.values[:, 0], [np.log2(5), 4.0])  # 01A, and u4 before u9
+    assert panel.notes["left_out"] == {"further file of the same patient": 2, "no sample of the tumour under study": 3}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "file not found"),
+        (b"", "no column 'gene_id'"),
+        (b"# only a comment", "no column 'gene_id'"),
+        (b"gene_id\tgene_name\n", "no column 'tpm_unstranded'"),
+        (star(), "no genes"),
+        (star(A, ("ENSG002.4", "GB", "")), "tpm_unstranded of ENSG002.4"),
+        (star(A, ("ENSG002.4", "GB", "-1")), "tpm_unstranded of ENSG002.4"),
+        (star(A, A), "occurs twice"),
+        (star(A), "1 genes, other ones than"),
+        (gzip.compress(star(A, B))[:30], "damaged"),
+    ],
+)
+def test_bad_rna_files_are_named(tmp_path, content, words):
+    folder = Folder(tmp_path, RNA)
+    folder.add("u1", "good.tsv", "TCGA-05-0001", "TCGA-05-0001-01A", star(A, B))
+    folder.add("u2", "bad.tsv", "TCGA-05-0002", "TCGA-05-0002-01A", content)
+    with pytest.raises(MorphomeError, match=words) as caught:
+        folder.read("rna", "star_counts")
+    assert "bad.tsv" in str(caught.value)
+
+
+def test_sheet_errors(tmp_path):
+    table = {"format": "star_counts", "path": str(tmp_path)}
+    with pytest.raises(MorphomeError, match=r"molecular\.sheet"):
+        read_panel("rna", table, None)
+    folder = Folder(tmp_path, MAF)
+    folder.add("u1", "a.maf.gz", "TCGA-05-0001", "TCGA-05-0001-01A", b"")
+    with pytest.raises(MorphomeError, match="no file of data type 'Gene Expression Quantification'"):
+        read_panel("rna", table, folder.sheet)
+    (tmp_path / "own.tsv").write_text("slide_id\tpatient_id\tpath\na\tb\tc\n")
+    with pytest.raises(MorphomeError, match="not a GDC sample sheet"):
+        read_panel("rna", table, tmp_path / "own.tsv")
+
+
+def maf(*rows: tuple[str, str, str]) -> bytes:
+    """A gzipped MAF with ``(gene, class, barcode)``."""
+    lines = [
+        "#version gdc-1.0.0",
+        "#tumor.aliquot x",
+        "Hugo_Symbol\tCenter\tVariant_Classification\tTumor_Sample_Barcode",
+    ]
+    lines += [f"{gene}\tWUGSC #1\t{kind}\t{barcode}" for gene, kind, barcode in rows]
+    return gzip.compress(("\n".join(lines) + "\n").encode())
+
+
+def test_maf_per_patient(tmp_path):
+    folder = Folder(tmp_path, MAF)
+    one, two = "TCGA-05-0001-01A-11D-1893-08", "TCGA-05-0002-01A-11D-1893-08"
+    pair = "{0}, {0}", "{0}-01A, {0}-10A"
+    rows = [("TP53", "Missense_Mutation", one), ("TTN", "Silent", one), ("KRAS", "Intron", one)]
+    for number, content in enumerate(
+        [maf(*rows), maf(("TTN", "Splice_Site", two), ("Unknown", "In_Frame_Del", two)), maf()]
+    ):
+        case = f"TCGA-05-000{number + 1}"
+        folder.add(f"u{number}", "x.maf.gz", pair[0].format(case), pair[1].format(case), content)
+    panel = folder.read("mut", "maf")
+    assert panel.genes == ["TP53", "TTN"]  # only those mutated at least once
+    # the third patient was sequenced and has no mutation: zeros, not absent
+    assert panel.patients == ["TCGA-05-0001", "TCGA-05-0002", "TCGA-05-0003"]
+    assert panel.values.tolist() == [[1, 0], [0, 1], [0, 0]] and panel.value_type == "binary"
+
+
+def test_maf_of_another_patient_is_refused(tmp_path):
+    folder = Folder(tmp_path, MAF)
+    folder.add(
+        "u", "x.maf.gz", "TCGA-05-0001", "TCGA-05-0001-01A", maf(("TP53", "Silent", "TCGA-05-0002-01A-11D-1893-08"))
+    )
+    with pytest.raises(MorphomeError, match=r"x\.maf\.gz: holds sample TCGA-05-0002"):
+        folder.read("mut", "maf")
+
+
+def test_one_maf_of_many_samples(tmp_path):
+    path = tmp_path / "all.maf.gz"
+    path.write_bytes(
+        maf(
+            ("TP53", "Missense_Mutation", "TCGA-05-0001-01A-11D-1893-08"),
+            ("KRAS", "Missense_Mutation", "TCGA-05-0001-02A-11D-1893-08"),
+            ("TTN", "Silent", "TCGA-05-0002-01A-11D-1893-08"),
+            ("FLT3", "In_Frame_Ins", "TCGA-AB-3009-03A-01W-0745-08"),
+        )
+    )
+    panel = read_panel("mut", {"format": "maf", "path": str(path)}, None)
+    assert panel.patients == ["TCGA-05-0001", "TCGA-05-0002", "TCGA-AB-3009"]
+    assert panel.genes == ["FLT3", "TP53"]
+    assert panel.values.tolist() == [[0, 1], [0, 0], [1, 0]]
+
+
+def test_sample_choice_lowest_vial_then_highest_portion_and_plate():
+    name = "TCGA-05-0001-{}-{}D-{}-08".format
+    best = name("01A", "21", "1893")
+    others = [
+        name("01B", "31", "9999"),
+        name("01A", "11", "9999"),
+        name("01A", "21", "1500"),
+        name("06A", "99", "9999"),
+    ]
+    for order in ([best, *others], [*others, best], [*others[2:], best, *others[:2]]):
+        chosen, left_out = choose_samples(order)
+        assert chosen == {"TCGA-05-0001": best}
+        assert left_out == {"further sample of the same patient": 4}
+    assert choose_samples(["mine", "TCGA-05-0002-11A-11D-1893-08"]) == ({"mine": "mine"}, {"sample type 11": 1})
+
+
+def cnv(*genes: tuple[str, str, str]) -> bytes:
+    """A gene-level copy-number file with ``(gene_id, gene_name, copy_number)``."""
+    head = "gene_id\tgene_name\tchromosome\tstart\tend\tcopy_number\tmin_copy_number\tmax_copy_number"
+    return "\n".join([head, *(f"{i}\t{g}\tchr1\t1\t2\t{c}\t{c}\t{c}" for i, g, c in genes), ""]).encode()
+
+
+def test_copy_number_empty_is_not_zero(tmp_path):
+    folder = Folder(tmp_path, CNV)
+    genes = [("ENSG1.1", "GA", "2"), ("ENSG2.1", "GB", ""), ("ENSG3.1", "GC", ""), ("ENSG4.1", "GA", "4")]
+    folder.add("u1", "x.gene_level_copy_number.v36.tsv", "TCGA-05-0001", "TCGA-05-0001-01A", cnv(*genes))
+    genes[1], genes[3] = ("ENSG2.1", "GB", "0"), ("ENSG4.1", "GA", "")
+    folder.add("u2", "x.gene_level_copy_number.v36.tsv", "TCGA-05-0002", "TCGA-05-0002-01A", cnv(*genes))
+    panel = folder.read("cnv", "gdc_gene_level")
+    assert panel.genes == ["GA", "GB"] and panel.value_type == "copy_number"
+    np.testing.assert_array_equal(panel.values, [[3, np.nan], [2, 0]])
+    assert panel.notes["genes_without_value"] == 1  # GC
+
+
+def test_copy_number_workflows_are_not_mixed(tmp_path):
+    folder = Folder(tmp_path, CNV)
+    for number, workflow in enumerate(("ascat3", "absolute_liftover", "ascat2")):
+        name = f"TCGA-X.0-1-2.{workflow}.gene_level_copy_number.v36.tsv"
+        folder.add(f"u{number}", name, "TCGA-05-0001", "TCGA-05-0001-01A", cnv(("ENSG1.1", "GA", f"{number}")))
+    with pytest.raises(MorphomeError, match=r"absolute_liftover, ascat2, ascat3(.|\n)*molecular\.cnv\.workflow"):
+        folder.read("cnv", "gdc_gene_level")
+    assert folder.read("cnv", "gdc_gene_level", workflow="ASCAT3").values.tolist() == [[0]]
+    assert folder.read("cnv", "gdc_gene_level", workflow="ABSOLUTE LiftOver").values.tolist() == [[1]]
+    with pytest.raises(MorphomeError, match="no file of workflow 'AscatNGS'"):
+        folder.read("cnv", "gdc_gene_level", workflow="AscatNGS")
+
+
+def test_bad_copy_number_is_named(tmp_path):
+    folder = Folder(tmp_path, CNV)
+    folder.add("u1", "x.tsv", "TCGA-05-0001", "TCGA-05-0001-01A", cnv(("ENSG1.1", "GA", "two")))
+    with pytest.raises(MorphomeError, match=r"x\.tsv: copy_number of ENSG1\.1"):
+        folder.read("cnv", "gdc_gene_level")
+
+
+def test_several_patients_in_one_file_are_left_out(tmp_path):
+    folder = Folder(tmp_path, RNA)
+    folder.add("u1", "a.tsv", "TCGA-05-0001", "TCGA-05-0001-01A", star(A))
+    folder.add("u2", "b.tsv", "TCGA-05-0001, TCGA-05-0002", "", star(A))
+    files, left_out = choose_files("star_counts", tmp_path, folder.sheet, "molecular.rna")
+    assert list(files) == ["TCGA-05-0001"] and left_out == {"several patients in one file": 1}
+
+
+def test_real_maf_against_the_porpoise_columns(shared_data):
+    """479 shared patients: protein-changing calls agree for IDH1 and TP53 in all, for TTN in 98.5 %."""
+    called = read_panel("mut", {"format": "maf", "path": str(shared_data / "tables/maf/mc3_LGG.maf.gz")}, None)
+    path = shared_data / "tables/porpoise/tcga_gbmlgg_all_clean.csv.zip"
+    table = read_panel("mut", {"format": "porpoise", "path": str(path)}, None)
+    assert called.values.shape[0] == 511 and called.notes["left_out"] == {"sample type 02": 14}
+    shared = sorted(set(called.patients) & set(table.patients))
+    assert len(shared) == 479
+    for gene, least in (("IDH1", 1.0), ("TP53", 1.0), ("TTN", 0.98)):
+        pair = [
+            panel.values[[panel.patients.index(p) for p in shared], panel.genes.index(gene)]
+            for panel in (called, table)
+        ]
+        assert (pair[0] == pair[1]).mean() >= least
+        assert 0 < pair[0].mean() < 1
