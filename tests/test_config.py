@@ -103,6 +103,14 @@ def test_one_row_may_override_training_and_reuse_a_model(demo):
     assert models["mome"]["training"]["epochs"] == demo["training"]["epochs"]
 
 
+def test_an_exponent_without_a_point_is_a_number(demo):
+    demo["training"]["learning_rate"] = yaml.safe_load("1e-3")  # text, by YAML 1.1
+    demo["models"]["mome"] = {"training": {"weight_decay": "1e-6"}}
+    full = check_config(demo)
+    assert full["training"]["learning_rate"] == 1e-3
+    assert full["models"]["mome"]["training"]["weight_decay"] == 1e-6
+
+
 def test_not_yaml_and_not_there(tmp_path):
     with pytest.raises(MorphomeError, match="not found"):
         load_config(tmp_path / "absent.yaml")

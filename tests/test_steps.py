@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 import yaml
 
-from morphome.config import check_config
+from morphome.config import check_config, load_config
 from morphome.steps import STEPS, _closure, code_hash, step_key, step_settings, write_resolved
 
 
@@ -51,7 +51,11 @@ def test_one_slides_mpp_override_touches_that_slide(config):
 
 
 def test_the_failure_limit_touches_the_index_alone(config):
-    assert keys_that_changed(config, changed(config, "slides", max_failed_fraction=0.5)) == {"collect", "report"}
+    assert keys_that_changed(config, changed(config, "slides", max_failed_fraction=0.5)) == {
+        "collect",
+        "import",
+        "report",
+    }
 
 
 def test_bootstrap_touches_the_evaluation_alone(config):
@@ -86,5 +90,6 @@ def test_the_resolved_configuration_is_written_once_under_its_hash(config, tmp_p
     path = write_resolved(full)
     written = path.stat().st_mtime_ns
     assert write_resolved(full) == path
+    assert load_config(path) == full
     assert path.stat().st_mtime_ns == written
     assert write_resolved({**full, "title": "x"}) != path

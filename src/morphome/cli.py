@@ -29,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-Config = Annotated[Path, typer.Option("--config", help="Configuration of the run (YAML or JSON).")]
+Config = Annotated[Path, typer.Option("--config", envvar="MORPHOME_CONFIG", help="Configuration of the run.")]
 Slide = Annotated[str, typer.Option(help="slide_id, as in the slide sheet.")]
 DEFAULT = Path("config.yaml")
 START, SLIDES, MODELS, RESULTS = "1 Cohort", "2 Slides and features", "3 Splits and models", "4 Results"

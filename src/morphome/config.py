@@ -5,6 +5,7 @@ Imports nothing beyond PyYAML and jsonschema, so that Snakemake can use it in an
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import functools
@@ -107,6 +108,10 @@ def _fill(value: Any, part: Mapping[str, Any]) -> None:
                 value[key] = {}
         elif value[key] is None and sub.get("type") == "object":
             value[key] = {}  # "simulate:" with nothing behind it means all defaults
+        if sub.get("type") == "number" and isinstance(value.get(key), str):
+            # YAML 1.1 reads 1e-5 (without a point) as text; whoever writes it means the number.
+            with contextlib.suppress(ValueError):
+                value[key] = float(value[key])
         if key in value:
             _fill(value[key], sub)
 
@@ -127,6 +132,7 @@ def _resolve_models(full: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
             )
             continue
         _fill(entry, known[key])
+        _fill(training, schema()["$defs"]["training"])
         for prefix, content, part in (
             (f"models.{name}", entry, known[key]),
             (f"models.{name}.training", training, schema()["$defs"]["training"]),

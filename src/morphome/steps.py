@@ -91,11 +91,18 @@ def step_key(config: Mapping[str, Any], step: str, **wildcards: str) -> str:
 
 
 def write_resolved(config: Mapping[str, Any]) -> Path:
-    """Write the checked configuration under its own hash (never overwritten, so that running jobs keep theirs)."""
-    text = json.dumps(config, indent=1, sort_keys=True, ensure_ascii=False)
-    path = Paths(config).config(settings_hash(config))
+    """Write the checked configuration under its own hash (never overwritten, so that running jobs keep theirs).
+
+    It has the form that a user writes, so that checking it again gives the same configuration.
+    """
+    models = {
+        name: {"model": entry["model"], "training": entry["training"], **entry["settings"]}
+        for name, entry in config["models"].items()
+    }
+    written = {**config, "models": models}
+    path = Paths(config).config(settings_hash(written))
     if not path.exists():
-        write_text(text + "\n", path)
+        write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", path)
     return path
 
 

@@ -13,7 +13,7 @@ if "simulate" in CONFIG:
             key=key_of("simulate"),
             code=code_hash("simulate"),
         shell:
-            "{MORPHOME} simulate --config {RESOLVED:q} > {log:q} 2>&1"
+            "morphome simulate > {log:q} 2>&1"
 
 
 rule cohort:
@@ -36,7 +36,7 @@ rule cohort:
         key=key_of("cohort"),
         code=code_hash("cohort"),
     shell:
-        "{MORPHOME} cohort --config {RESOLVED:q} > {log:q} 2>&1"
+        "morphome cohort > {log:q} 2>&1"
 
 
 rule genes:
@@ -54,4 +54,4 @@ rule genes:
         key=key_of("genes"),
         code=code_hash("genes"),
     shell:
-        "{MORPHOME} genes --config {RESOLVED:q} > {log:q} 2>&1"
+        "morphome genes > {log:q} 2>&1"

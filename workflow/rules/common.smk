@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
-from snakemake.settings.enums import DeploymentMethod
+from snakemake.settings.types import DeploymentMethod
 
 SOURCE = Path(workflow.current_basedir).parent.parent / "src"
 sys.path.insert(0, str(SOURCE))
@@ -38,9 +38,14 @@ PYTHON = (
     if DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
     else sys.executable
 )
-# Environments hold dependencies only; the package is this checkout's. Neither line is a parameter of a rule,
-# because where the code lies is no reason to repeat a job: its content is (code_hash).
-MORPHOME = f"PYTHONPATH={shlex.quote(str(SOURCE))} {shlex.quote(PYTHON)} -m morphome"
+# What every rule's command finds: the checked configuration, and `morphome` of this checkout in whatever environment
+# the rule has (environments hold dependencies only). Where the code lies is no reason to repeat a job, so this is
+# no parameter of a rule: the content of the code is (code_hash), and the settings are (key).
+shell.prefix(
+    f"export MORPHOME_CONFIG={shlex.quote(str(RESOLVED))}; "
+    f"morphome() {{{{ PYTHONPATH={shlex.quote(str(SOURCE))} {shlex.quote(PYTHON)} -m morphome"
+    ' "$@"; }}; '
+)
 
 
 wildcard_constraints:

@@ -18,7 +18,7 @@ rule assemble:
         key=key_of("assemble"),
         code=code_hash("assemble"),
     shell:
-        "{MORPHOME} assemble --config {RESOLVED:q} > {log:q} 2>&1"
+        "morphome assemble > {log:q} 2>&1"
 
 
 rule split:
@@ -38,7 +38,7 @@ rule split:
         key=key_of("split"),
         code=code_hash("split"),
     shell:
-        "{MORPHOME} split --config {RESOLVED:q} > {log:q} 2>&1"
+        "morphome split > {log:q} 2>&1"
 
 
 rule train:
@@ -62,5 +62,5 @@ rule train:
         key=key_of("train"),
         code=code_hash("train"),
     shell:
-        "{MORPHOME} train --config {RESOLVED:q} --model {wildcards.model:q} --repeat {wildcards.repeat}"
+        "morphome train --model {wildcards.model:q} --repeat {wildcards.repeat}"
         " --fold {wildcards.fold} --threads {threads} > {log:q} 2>&1"

@@ -16,7 +16,7 @@ rule evaluate:
         key=key_of("evaluate"),
         code=code_hash("evaluate"),
     shell:
-        "{MORPHOME} evaluate --config {RESOLVED:q} > {log:q} 2>&1"
+        "morphome evaluate > {log:q} 2>&1"
 
 
 rule report:
@@ -49,4 +49,4 @@ rule report:
         key=key_of("report"),
         code=code_hash("report"),
     shell:
-        "{MORPHOME} report --config {RESOLVED:q} > {log:q} 2>&1"
+        "morphome report > {log:q} 2>&1"

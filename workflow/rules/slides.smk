@@ -17,7 +17,7 @@ rule tile:
         key=key_of("tile"),
         code=code_hash("tile"),
     shell:
-        "{MORPHOME} tile --config {RESOLVED:q} --slide {wildcards.slide:q} --path {input.slide:q} > {log:q} 2>&1"
+        "morphome tile --slide {wildcards.slide:q} --path {input.slide:q} > {log:q} 2>&1"
 
 
 rule encode:
@@ -38,7 +38,7 @@ rule encode:
         key=key_of("encode"),
         code=code_hash("encode"),
     shell:
-        "{MORPHOME} encode --config {RESOLVED:q} --slide {wildcards.slide:q} --path {input.slide:q} > {log:q} 2>&1"
+        "morphome encode --slide {wildcards.slide:q} --path {input.slide:q} > {log:q} 2>&1"
 
 
 if CONFIG["features"]["source"] == "external":
@@ -60,7 +60,7 @@ if CONFIG["features"]["source"] == "external":
             key=key_of("import"),
             code=code_hash("import"),
         shell:
-            "{MORPHOME} collect --config {RESOLVED:q} > {log:q} 2>&1"
+            "morphome collect > {log:q} 2>&1"
 
 else:
 
@@ -81,4 +81,4 @@ else:
             key=key_of("collect"),
             code=code_hash("collect"),
         shell:
-            "{MORPHOME} collect --config {RESOLVED:q} > {log:q} 2>&1"
+            "morphome collect > {log:q} 2>&1"

@@ -33,7 +33,7 @@ from morphome.files import atomic_path, write_json, write_parquet, write_text
 #: Share of aggressive blocks: expit(intercept + slope * z1).
 SHARE_INTERCEPT, SHARE_SLOPE = -1.2, 1.2
 MPP_RANGE = (0.2468, 0.2528)
-_QUALITY = 66
+_QUALITY = 62
 
 
 def run_simulate(*, settings: Mapping[str, Any], folder: Path) -> None:

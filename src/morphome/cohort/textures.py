@@ -108,7 +108,7 @@ def _fibres(rng: np.random.Generator, mpp: float, fine: Field, coarse: Field) ->
 
 def _aggressive(h: Field, e: Field, nest: Field, rng: np.random.Generator, mpp: float) -> None:
     """Crowded, large, dark, uneven nuclei, some with a nucleolus; now and then a mitosis."""
-    radii = np.clip(rng.normal(5.2, 1.1, 120), 3.4, 8.0) / mpp
+    radii = np.clip(rng.normal(5.2, 1.1, _count(8300, mpp)), 3.4, 8.0) / mpp
     for y, x, radius in _places(radii, 0.86, rng):
         if nest[int(y), int(x)] < 1:
             continue
@@ -126,7 +126,7 @@ def _benign(h: Field, e: Field, nest: Field, rng: np.random.Generator, mpp: floa
     xx = np.arange(BLOCK_PX, dtype=np.float32)
     yy = xx[:, None]
     free = nest >= 1
-    lumina = rng.uniform(7, 12, 4) / mpp
+    lumina = rng.uniform(7, 12, _count(280, mpp)) / mpp
     nuclei: list[tuple[float, float, float]] = []
     for y, x, outer in _places(lumina + 13 / mpp, 1.0, rng):
         inner = outer - 13 / mpp
@@ -144,7 +144,7 @@ def _benign(h: Field, e: Field, nest: Field, rng: np.random.Generator, mpp: floa
             nuclei.append((y + ring * np.sin(angle), x + ring * np.cos(angle), angle))
     for y, x, angle in nuclei:
         _stamp(h, y, x, rng.normal(3.0, 0.15) / mpp, 0.8, rng, rng.uniform(0.7, 0.9), 0.03, angle)
-    radii = np.full(60, 2.9) / mpp
+    radii = np.full(_count(4200, mpp), 2.9) / mpp
     for y, x, radius in _places(radii, 1.35, rng):
         if free[int(y), int(x)]:
             _stamp(h, y, x, radius, 0.9, rng, rng.uniform(0.65, 0.85), 0.03)
@@ -152,9 +152,14 @@ def _benign(h: Field, e: Field, nest: Field, rng: np.random.Generator, mpp: floa
 
 def _stroma(h: Field, e: Field, nest: None, rng: np.random.Generator, mpp: float) -> None:
     """Few thin spindle nuclei along the fibres."""
-    radii = rng.uniform(4.5, 7.0, 13) / mpp
+    radii = rng.uniform(4.5, 7.0, _count(900, mpp)) / mpp
     for y, x, radius in _places(radii, 1.0, rng):
         _stamp(h, y, x, radius, rng.uniform(0.2, 0.32), rng, rng.uniform(0.8, 1.2), 0.04, rng.normal(-0.32, 0.3))
+
+
+def _count(per_mm2: float, mpp: float) -> int:
+    """Number in a block of something of which there are so many per square millimetre."""
+    return round(per_mm2 * (BLOCK_PX * mpp / 1000) ** 2)
 
 
 def _places(radii: NDArray[np.float64], closeness: float, rng: np.random.Generator) -> list[tuple[float, float, float]]:

@@ -1,0 +1,55 @@
+"""What a model gets: one patient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from morphome.errors import MorphomeError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One patient. Parts that a model does not need (its ``needs``) may be ``None``.
+
+    Args:
+        path: patch features of all slides of the patient, (N, d_in) float, sorted by (slide, y, x); N >= 1.
+        pos: slide index, level-0 x, y per patch, (N, 3) integer.
+        groups: standardised molecular features, one vector (|G_g|,) per gene group, in the order of
+            ``Dims.group_sizes``.
+        patient_id: only the ``random`` router of MoME reads it.
+    """
+
+    path: torch.Tensor | None = None
+    pos: torch.Tensor | None = None
+    groups: tuple[torch.Tensor, ...] | None = None
+    patient_id: str = ""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same patient on another device."""
+        return Batch(
+            path=None if self.path is None else self.path.to(device),
+            pos=None if self.pos is None else self.pos.to(device),
+            groups=None if self.groups is None else tuple(g.to(device) for g in self.groups),
+            patient_id=self.patient_id,
+        )
+
+
+def require(batch: Batch, needs: frozenset[str], d_in: int | None = None) -> None:
+    """Check that a batch has what a model needs: ``path`` (N, d_in) with N >= 1, ``omic_groups`` as vectors.
+
+    Raises:
+        MorphomeError: naming the patient and the missing or misshapen part.
+    """
+    who = f"patient {batch.patient_id or '(no id)'}"
+    if "path" in needs:
+        if batch.path is None:
+            raise MorphomeError(f"{who}: no patch features", "add wsi to cohort.require")
+        if batch.path.ndim != 2 or batch.path.shape[0] < 1 or batch.path.shape[1] != d_in:
+            raise MorphomeError(
+                f"{who}: patch features have shape {tuple(batch.path.shape)}, expected (N >= 1, {d_in})",
+                "use the encoder that the model was trained with",
+            )
+    if "omic_groups" in needs and not batch.groups:
+        raise MorphomeError(f"{who}: no gene groups", "configure molecular.groups and add rna to cohort.require")

@@ -1,0 +1,321 @@
+"""MoME: mixture of multimodal experts.
+
+Xiong et al., "MoME: Mixture of Multimodal Experts for Cancer Survival Prediction", MICCAI 2024, LNCS 15004,
+318-328, doi 10.1007/978-3-031-72083-3_30. Patches P and gene groups G are encoded in turn by four MoME layers
+(two rounds, pathology first); in each a gate looks at both modalities and hands the patient to one of four
+experts. Written from the paper's formulas, with options where the public code departs from them: the published
+router gets no gradient (``router: frozen`` here), its tokens are never trained nor saved
+(``tokens: frozen_random`` saves them), and its attention is not masked (``attention: nystrom_compat``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from morphome.errors import MorphomeError
+from morphome.models.batch import Batch, require
+from morphome.models.layers import ADMIN_OMEGA, FC, SNN, GroupEncoder, RMSNorm, TransLayer
+
+EXPERTS = ("TransFusion", "BottleneckTransFusion", "AddFusion", "DropX2Fusion")
+ROUTERS = ("straight_through", "frozen", "switch", "soft", "random", *(f"fixed:{name}" for name in EXPERTS))
+LAYERS = ("path1", "gene1", "path2", "gene2")
+
+
+class TransFusion(nn.Module):
+    """Expert 0: one TransLayer over [x; ref], of which the rows of x are kept."""
+
+    def __init__(self, dim: int, attention: dict, dropout: float) -> None:
+        super().__init__()
+        self.layer = TransLayer(dim, "rms", ADMIN_OMEGA, attention, dropout)
+
+    def forward(self, x: Tensor, ref: Tensor) -> Tensor:
+        """x (n, D), ref (t, D) -> (n, D), as all experts."""
+        return self.layer(torch.cat([x, ref]), keep=(0, x.shape[0]))
+
+
+class BottleneckTransFusion(nn.Module):
+    """Expert 1: a few bottleneck tokens read ref; x then reads them.
+
+    The published module also owns a norm of D values that it never uses. It is kept, not trainable, so that
+    parameter counts and published checkpoints agree.
+    """
+
+    def __init__(self, dim: int, attention: dict, dropout: float, bottlenecks: int, tokens: str) -> None:
+        super().__init__()
+        self.read = TransLayer(dim, "layer", ADMIN_OMEGA, attention, dropout)
+        self.write = TransLayer(dim, "layer", ADMIN_OMEGA, attention, dropout)
+        self.unused_norm = RMSNorm(dim).requires_grad_(False)
+        _add_tokens(self, "bottlenecks", bottlenecks, dim, tokens)
+
+    def forward(self, x: Tensor, ref: Tensor) -> Tensor:
+        read = self.read(torch.cat([self.bottlenecks, ref]), keep=(0, self.bottlenecks.shape[0]))
+        return self.write(torch.cat([x, read]), keep=(0, x.shape[0]))
+
+
+class AddFusion(nn.Module):
+    """Expert 2: SNN(RMS x) + mean over tokens of SNN(RMS ref), broadcast over the rows of x."""
+
+    def __init__(self, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.norm_x, self.norm_ref = RMSNorm(dim), RMSNorm(dim)
+        self.snn_x, self.snn_ref = SNN(dim, dim, dropout), SNN(dim, dim, dropout)
+
+    def forward(self, x: Tensor, ref: Tensor) -> Tensor:
+        return self.snn_x(self.norm_x(x)) + self.snn_ref(self.norm_ref(ref)).mean(0)
+
+
+class DropX2Fusion(nn.Module):
+    """Expert 3: x itself; the other modality is dropped."""
+
+    def forward(self, x: Tensor, ref: Tensor) -> Tensor:
+        return x
+
+
+class Gate(nn.Module):
+    """pi = softmax((Wc u + bc) / tau), u = mean GELU(RMS(W1 x)) + mean GELU(RMS(W2 ref)); order-invariant."""
+
+    def __init__(self, dim: int, temperature: float) -> None:
+        super().__init__()
+        self.linear_x, self.linear_ref = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.norm_x, self.norm_ref = RMSNorm(dim), RMSNorm(dim)
+        self.classifier = nn.Linear(dim, len(EXPERTS))
+        self.temperature = temperature
+
+    def forward(self, x: Tensor, ref: Tensor) -> Tensor:
+        """x (n, D), ref (t, D) -> pi (4,)."""
+        u = F.gelu(self.norm_x(self.linear_x(x))).mean(0) + F.gelu(self.norm_ref(self.linear_ref(ref))).mean(0)
+        return torch.softmax(self.classifier(u) / self.temperature, -1)
+
+
+class MoMELayer(nn.Module):
+    """One gate and its experts. See :class:`MoME` for the routers."""
+
+    def __init__(
+        self,
+        name: str,
+        dim: int,
+        attention: dict,
+        *,
+        router: str,
+        router_seed: int,
+        temperature: float,
+        bottlenecks: int,
+        tokens: str,
+        track_share: bool,
+        dropout: float,
+        attention_dropout: float,
+    ) -> None:
+        super().__init__()
+        self.name, self.router = name, router
+        self.fixed = EXPERTS.index(router.removeprefix("fixed:")) if router.startswith("fixed:") else None
+        make = {
+            "TransFusion": lambda: TransFusion(dim, attention, attention_dropout),
+            "BottleneckTransFusion": lambda: BottleneckTransFusion(
+                dim, attention, attention_dropout, bottlenecks, tokens
+            ),
+            "AddFusion": lambda: AddFusion(dim, dropout),
+            "DropX2Fusion": DropX2Fusion,
+        }
+        # An expert or gate that can never be used is not built, so that parameter counts are honest.
+        used = EXPERTS if self.fixed is None else (EXPERTS[self.fixed],)
+        self.experts = nn.ModuleDict({expert: make[expert]() for expert in used})
+        self.gate = Gate(dim, temperature) if self.fixed is None and router != "random" else None
+        if router == "frozen":
+            self.gate.requires_grad_(False)
+        if router == "random":
+            # A saved buffer: whoever loads the weights draws the same experts.
+            self.register_buffer("router_seed", torch.tensor(router_seed, dtype=torch.int64))
+        if track_share:
+            self.register_buffer("share", torch.full((len(EXPERTS),), 1 / len(EXPERTS)))
+
+    def forward(self, x: Tensor, ref: Tensor, patient_id: str = "") -> tuple[Tensor, int, Tensor]:
+        """x (n, D), ref (t, D) -> y (n, D), index of the chosen expert, pi (4,).
+
+        pi is the gate's output; the uniform distribution for ``random``, one-hot for ``fixed``. Only the chosen
+        expert is evaluated, except with ``soft``, and with ``straight_through`` in training.
+        """
+        pi, chosen = self.route(x, ref, patient_id)
+        if self.router == "soft":
+            return sum(p * self._expert(e, x, ref) for e, p in enumerate(pi)), chosen, pi
+        y = self._expert(chosen, x, ref)
+        if self.router == "switch":
+            y = pi[chosen] * y
+        elif self.router == "straight_through" and self.training and torch.is_grad_enabled():
+            # y = sum_e g_e E_e with g = onehot - sg(pi) + pi: in value E_chosen; d y / d pi_e = E_e; and the
+            # gradient into every other expert is exactly zero, so the others need values but no graph.
+            with torch.no_grad():
+                outputs = [y if e == chosen else self._expert(e, x, ref) for e in range(len(EXPERTS))]
+                outputs = torch.stack(outputs).flatten(1)
+            y = y + ((pi - pi.detach()) @ outputs).view_as(y)
+        return y, chosen, pi
+
+    def route(self, x: Tensor, ref: Tensor, patient_id: str = "") -> tuple[Tensor, int]:
+        """pi (4,) and the index of the expert of largest pi (``random``: drawn once per layer and patient)."""
+        if self.fixed is not None:
+            return F.one_hot(torch.tensor(self.fixed), len(EXPERTS)).to(x), self.fixed
+        if self.router == "random":
+            text = f"{int(self.router_seed)}|{self.name}|{patient_id}"
+            drawn = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % len(EXPERTS)
+            return x.new_full((len(EXPERTS),), 1 / len(EXPERTS)), drawn
+        pi = self.gate(x, ref)
+        return pi, int(pi.argmax())
+
+    def balance(self, chosen: int, pi: Tensor) -> Tensor:
+        """4 sum_e f_e pi_e, f a moving average (0.9) of the routing share; 1 when both are uniform.
+
+        Updates f, so call it once per training step of a patient.
+        """
+        share = pi.detach() if self.router == "soft" else F.one_hot(torch.tensor(chosen), len(EXPERTS)).to(pi)
+        self.share.mul_(0.9).add_(0.1 * share)
+        return len(EXPERTS) * (self.share.clone() @ pi)
+
+    def _expert(self, index: int, x: Tensor, ref: Tensor) -> Tensor:
+        return self.experts[EXPERTS[index]](x, ref)
+
+
+class MoME(nn.Module):
+    """Slides and gene groups through four MoME layers and one attention layer with a class token.
+
+    ``P0 = FC(X)``, ``G0 = stack_g SNN(SNN(x_g))``; P1 = M(P0, G0), G1 = M(G0, P1), P2 = M(P1, G1),
+    G2 = M(G1, P2); logits = Lin(TransLayer([CLS; P2; G2])[0]).
+
+    Args:
+        d_in: width of the patch features.
+        group_sizes: columns per gene group, in the order of ``Batch.groups``.
+        n_bins: K.
+        dim: width D.
+        heads: attention heads; divides ``dim``.
+        landmarks: of the Nyström attention.
+        bottlenecks: tokens of expert 1.
+        router: pi = gate(x, ref), e* = argmax pi.
+            ``straight_through``: y = sum_e g_e E_e, g = onehot(e*) - sg(pi) + pi: the gate learns, y = E_e*.
+            ``frozen``: y = E_e*, the gate stays at its random start (as the public code behaves).
+            ``switch``: y = pi_e* E_e*. ``soft``: y = sum_e pi_e E_e.
+            ``random``: e* from a hash of ``router_seed``, layer and patient. ``fixed:<expert>``: one for all.
+        tokens: class and bottleneck tokens start uniform in [0, 1); ``parameter`` trains them,
+            ``frozen_random`` keeps them as a saved buffer.
+        attention: see :mod:`morphome.models.nystrom`.
+        value_conv: convolution of the values over the token order.
+        temperature: tau of the gate.
+        balance_loss: weight of the sum over layers of :meth:`MoMELayer.balance`; 0 leaves it out.
+        dropout: of the FC and SNN blocks.
+        attention_dropout: of the output of attention.
+        router_seed: of ``random``.
+
+    Raises:
+        MorphomeError: a setting that is not known, or a balance loss for a router that does not learn.
+    """
+
+    needs = frozenset({"path", "omic_groups"})
+    supports: frozenset[str] = frozenset()
+    head = "hazard"
+    order_sensitive = True
+
+    def __init__(
+        self,
+        d_in: int,
+        group_sizes: Mapping[str, int],
+        n_bins: int,
+        *,
+        dim: int = 512,
+        heads: int = 8,
+        landmarks: int = 256,
+        bottlenecks: int = 2,
+        router: str = "straight_through",
+        tokens: str = "parameter",
+        attention: str = "nystrom_masked",
+        value_conv: bool = True,
+        temperature: float = 1.0,
+        balance_loss: float = 0.0,
+        dropout: float = 0.25,
+        attention_dropout: float = 0.1,
+        router_seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if router not in ROUTERS:
+            raise MorphomeError(f"models.mome.router: {router!r} is not known", f"one of {', '.join(ROUTERS)}")
+        if balance_loss and router not in ("straight_through", "switch", "soft"):
+            raise MorphomeError(
+                f"models.mome.balance_loss: {balance_loss} with router {router}, whose gate does not learn",
+                "set balance_loss: 0, or router: straight_through, switch or soft",
+            )
+        options = {"heads": heads, "landmarks": landmarks, "mode": attention, "value_conv": value_conv}
+        self.d_in, self.balance_loss = d_in, balance_loss
+        self.order_sensitive = value_conv or attention != "exact"
+        self.project = FC(d_in, dim, dropout)
+        self.groups = GroupEncoder(list(group_sizes.values()), dim, dropout)
+        self.layers = nn.ModuleDict(
+            {
+                name: MoMELayer(
+                    name,
+                    dim,
+                    options,
+                    router=router,
+                    router_seed=router_seed,
+                    temperature=temperature,
+                    bottlenecks=bottlenecks,
+                    tokens=tokens,
+                    track_share=balance_loss > 0,
+                    dropout=dropout,
+                    attention_dropout=attention_dropout,
+                )
+                for name in LAYERS
+            }
+        )
+        _add_tokens(self, "cls", 1, dim, tokens)
+        self.fusion = TransLayer(dim, "layer", ADMIN_OMEGA, options, attention_dropout)
+        self.classifier = nn.Linear(dim, n_bins)
+
+    def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """P0 (N, D) and G0 (T, D) of one patient."""
+        require(batch, self.needs, self.d_in)
+        return self.project(batch.path), self.groups(batch.groups)
+
+    def fuse(self, path: Tensor, genes: Tensor, patient_id: str = "") -> tuple[Tensor, Tensor, dict, list[Tensor]]:
+        """The four MoME layers: P2 (N, D), G2 (T, D), routing per layer, balance terms of the layers."""
+        routing, balance = {}, []
+        for name, layer in self.layers.items():
+            x, ref = (path, genes) if name.startswith("path") else (genes, path)
+            y, chosen, pi = layer(x, ref, patient_id)
+            path, genes = (y, genes) if name.startswith("path") else (path, y)
+            routing[name] = {"expert": chosen, "pi": pi.detach()}
+            if self.balance_loss and self.training:
+                balance.append(layer.balance(chosen, pi))
+        return path, genes, routing, balance
+
+    def forward(self, batch: Batch) -> dict:
+        """One patient -> logits (1, K), ``aux["routing"][layer] = {"expert": int, "pi": (4,)}``.
+
+        ``extra_losses`` holds ``balance`` in training when its weight is not 0.
+
+        Raises:
+            MorphomeError: the patient has no patch features or gene groups, or of other shapes.
+        """
+        path, genes, routing, balance = self.fuse(*self.encode(batch), batch.patient_id)
+        token = self.fusion(torch.cat([self.cls, path, genes]), keep=(0, 1))
+        return {
+            "logits": self.classifier(token),
+            "extra_losses": {"balance": self.balance_loss * sum(balance)} if balance else {},
+            "attn": {},
+            "aux": {"routing": routing},
+        }
+
+    def branch_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable parameters that only one modality passes before fusion."""
+        return {"path": list(self.project.parameters()), "omic": list(self.groups.parameters())}
+
+
+def _add_tokens(module: nn.Module, name: str, count: int, dim: int, tokens: str) -> None:
+    """``count`` tokens (count, dim), uniform in [0, 1), as a parameter or as a saved buffer."""
+    if tokens not in ("parameter", "frozen_random"):
+        raise MorphomeError(f"models.mome.tokens: {tokens!r} is not known", "parameter or frozen_random")
+    values = torch.rand(count, dim)
+    if tokens == "parameter":
+        setattr(module, name, nn.Parameter(values))
+    else:
+        module.register_buffer(name, values)

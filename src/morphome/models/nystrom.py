@@ -1,0 +1,233 @@
+"""Nyström attention (Xiong et al., AAAI 2021) without padding, as published, or exact.
+
+Modes
+    ``nystrom_masked``
+        No padding at all. n <= m tokens: exact softmax attention. Else token t belongs to landmark
+        floor(t m / n), so that every landmark is the mean of at least one real token, and the start of the
+        pseudo-inverse is scaled per matrix, so that a patient's output does not depend on batch mates.
+    ``nystrom_compat``
+        The layer of the nystrom-attention package 0.0.12: zero tokens are put at the front up to a multiple of
+        m and are not masked; the pseudo-inverse starts from maxima over all heads and items. Only to
+        reproduce published runs: short sequences drown in padding.
+    ``exact``
+        Softmax attention for every n.
+
+All modes may add a depth-wise convolution of the values along the sequence (``value_conv``, 33 taps), which makes
+the layer depend on the order of the tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from morphome.errors import MorphomeError
+
+MODES = ("nystrom_masked", "nystrom_compat", "exact")
+# Up to this many rows a banded matrix product beats the depth-wise convolution on a CPU.
+_BAND_ROWS = 96
+
+
+class NystromAttention(nn.Module):
+    """Multi-head self-attention; parameters 3 D^2 + D^2 + D (+ taps * H with the value convolution).
+
+    Args:
+        dim: width D, a multiple of ``heads``.
+        heads: H.
+        landmarks: m.
+        mode: one of :data:`MODES`.
+        value_conv: add the convolution of the values.
+        taps: length of its kernel, odd.
+        iterations: of the pseudo-inverse.
+
+    After an evaluation forward that used the pseudo-inverse, ``pinv_error`` holds ||A Z A - A|| / ||A||
+    (a float, largest over heads); it is ``None`` otherwise.
+
+    Raises:
+        MorphomeError: unknown mode, ``heads`` does not divide ``dim``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 8,
+        landmarks: int = 256,
+        mode: str = "nystrom_masked",
+        value_conv: bool = True,
+        taps: int = 33,
+        iterations: int = 6,
+    ) -> None:
+        super().__init__()
+        if mode not in MODES:
+            raise MorphomeError(f"attention: {mode!r} is not known", f"choose one of {', '.join(MODES)}")
+        if dim % heads:
+            raise MorphomeError(f"heads: {heads} does not divide dim {dim}", "choose a divisor of dim")
+        self.heads, self.landmarks, self.mode, self.iterations = heads, landmarks, mode, iterations
+        # Apart, not one matrix: layers that need few output rows project few queries.
+        self.query = nn.Linear(dim, dim, bias=False)
+        self.key = nn.Linear(dim, dim, bias=False)
+        self.value = nn.Linear(dim, dim, bias=False)
+        self.out = nn.Linear(dim, dim)
+        self.value_kernel = nn.Parameter(torch.empty(heads, taps)) if value_conv else None
+        if self.value_kernel is not None:
+            bound = 1 / math.sqrt(taps)
+            nn.init.uniform_(self.value_kernel, -bound, bound)
+        self.pinv_error: float | None = None
+
+    def forward(self, x: Tensor, keep: tuple[int, int] | None = None, lengths: Tensor | None = None) -> Tensor:
+        """Attend.
+
+        Args:
+            x: (B, n, D), normed by the caller.
+            keep: first and one-past-last row of the output to compute; all rows by default.
+            lengths: valid tokens of each item, (B,); the tokens after them are padding, which neither attends
+                nor is attended to: their outputs are zero. Not with ``keep``.
+
+        Returns:
+            (B, n, D), or (B, stop - start, D) with ``keep``.
+
+        Raises:
+            MorphomeError: ``lengths`` in mode ``nystrom_compat`` (which has no mask) or with ``keep``.
+        """
+        self.pinv_error = None
+        if lengths is None:
+            return self._attend(x, keep or (0, x.shape[1]))
+        if self.mode == "nystrom_compat" or keep is not None:
+            raise MorphomeError(
+                "lengths are refused in mode nystrom_compat and together with keep",
+                "use attention: nystrom_masked",
+            )
+        # Segments, normalisation and convolution of an item use its own length: items one by one are exact.
+        rows = []
+        for item, length in zip(x, lengths.tolist(), strict=True):
+            valid = item.new_zeros(0, x.shape[2])
+            if length:
+                valid = self._attend(item[None, :length], (0, length))[0]
+            rows.append(F.pad(valid, (0, 0, 0, x.shape[1] - length)))
+        return torch.stack(rows)
+
+    def _attend(self, x: Tensor, keep: tuple[int, int]) -> Tensor:
+        batch, n, dim = x.shape
+        exact = self.mode == "exact" or (self.mode == "nystrom_masked" and n <= self.landmarks)
+        if self.mode == "nystrom_compat":
+            front = -n % self.landmarks
+            x = F.pad(x, (0, 0, front, 0))
+            keep = (keep[0] + front, keep[1] + front)
+        start, stop = keep
+        q = self._split(self.query(x[:, start:stop] if exact else x))
+        # Few rows of many tokens: cheaper to carry the queries to the tokens than to project every token.
+        if exact and 2 * (stop - start) * (dim + self.heads * n) < n * dim:
+            out = self._few_rows(q, x, start, stop)
+            return self.out(out.transpose(1, 2).reshape(batch, stop - start, dim).to(x.dtype))
+        k, v = self._split(self.key(x)), self._split(self.value(x))
+        out = F.scaled_dot_product_attention(q, k, v) if exact else self._nystrom(q, k, v, start, stop)
+        if self.value_kernel is not None:
+            out = out + _value_conv(v, self.value_kernel, start, stop)
+        return self.out(out.transpose(1, 2).reshape(batch, stop - start, dim).to(x.dtype))
+
+    def _split(self, x: Tensor) -> Tensor:
+        """(B, n, D) -> (B, H, n, D / H)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def _few_rows(self, q: Tensor, x: Tensor, start: int, stop: int) -> Tensor:
+        """Exact attention and convolution of the values with keys and values never formed.
+
+        q k^T = (q Wk) x^T and (A + T) v = ((A + T) x) Wv^T, with T the convolution as a banded matrix.
+        q (B, H, r, d), x (B, n, D) -> (B, H, r, d).
+        """
+        head_dim = q.shape[-1]
+        carried = (q * head_dim**-0.5) @ self.key.weight.unflatten(0, (self.heads, head_dim))
+        scores = carried.flatten(1, 2) @ x.transpose(1, 2)
+        weights = torch.softmax(scores.unflatten(1, (self.heads, stop - start)), -1)
+        if self.value_kernel is not None:
+            band, first, last = _band(self.value_kernel, start, stop, x.shape[1])
+            weights = weights + F.pad(band, (first, x.shape[1] - last))
+        pooled = (weights.flatten(1, 2) @ x.to(weights.dtype)).unflatten(1, (self.heads, stop - start))
+        return pooled @ self.value.weight.unflatten(0, (self.heads, head_dim)).transpose(1, 2)
+
+    def _nystrom(self, q: Tensor, k: Tensor, v: Tensor, start: int, stop: int) -> Tensor:
+        """Steps 2 to 5 of the layer without the convolution, at least in float32. (B, H, rows, D / H)."""
+        with torch.autocast(q.device.type, enabled=False):
+            dtype = torch.promote_types(q.dtype, torch.float32)
+            q, k, v = q.to(dtype) * q.shape[-1] ** -0.5, k.to(dtype), v.to(dtype)
+            landmark_q, landmark_k = _segment_means(q, self.landmarks), _segment_means(k, self.landmarks)
+            to_landmarks = (q[:, :, start:stop] @ landmark_k.transpose(-1, -2)).softmax(-1)
+            middle = (landmark_q @ landmark_k.transpose(-1, -2)).softmax(-1)
+            gathered = F.scaled_dot_product_attention(landmark_q, k, v, scale=1.0)
+            inverse = pseudo_inverse(middle, self.iterations, per_matrix=self.mode == "nystrom_masked")
+            if not self.training:
+                self.pinv_error = pinv_error(middle, inverse)
+            return to_landmarks @ (inverse @ gathered)
+
+
+def _segment_means(x: Tensor, m: int) -> Tensor:
+    """(B, H, n, d) -> (B, H, m, d): mean of the tokens t with floor(t m / n) = landmark; n >= m."""
+    n = x.shape[2]
+    if n % m == 0:
+        return x.unflatten(2, (m, n // m)).mean(3)
+    segment = torch.arange(n, device=x.device) * m // n
+    counts = torch.bincount(segment, minlength=m).to(x.dtype)
+    sums = x.new_zeros(*x.shape[:2], m, x.shape[3]).index_add(2, segment, x)
+    return sums / counts[:, None]
+
+
+def pseudo_inverse(a: Tensor, iterations: int = 6, *, per_matrix: bool = True) -> Tensor:
+    """Moore-Penrose inverse of (..., m, m) by the iteration of Razavi et al. 2014, as in the Nyströmformer.
+
+    Z0 = A^T / (largest row sum * largest column sum), then Z <- Z (13 I - AZ (15 I - AZ (7 I - AZ))) / 4.
+
+    Args:
+        per_matrix: take the two maxima of each matrix; the published code takes them over all matrices.
+    """
+    magnitude = a.abs()
+    rows, columns = magnitude.sum(-1), magnitude.sum(-2)
+    scale = rows.amax(-1) * columns.amax(-1) if per_matrix else rows.max() * columns.max()
+    z = a.transpose(-1, -2) / scale[..., None, None]
+    shape, m = a.shape, a.shape[-1]
+    a, z = a.reshape(-1, m, m), z.reshape(-1, m, m)
+    for _ in range(iterations):
+        # The same polynomial with the identity folded into fused multiply-adds.
+        az = a @ z
+        inner = torch.baddbmm(az, az, az, beta=7, alpha=-1)
+        inner = torch.baddbmm(az, az, inner, beta=15, alpha=-1)
+        z = torch.baddbmm(z, z, inner, beta=3.25, alpha=-0.25)
+    return z.reshape(shape)
+
+
+def pinv_error(a: Tensor, z: Tensor) -> float:
+    """||A Z A - A|| / ||A|| (Frobenius), largest over the matrices."""
+    difference = torch.linalg.matrix_norm(a @ z @ a - a) / torch.linalg.matrix_norm(a)
+    return float(difference.detach().max())
+
+
+def _band(kernel: Tensor, start: int, stop: int, n: int) -> tuple[Tensor, int, int]:
+    """The convolution of rows ``start`` ... ``stop`` of n tokens as a matrix over the tokens that it touches.
+
+    kernel (H, taps) -> (H, stop - start, last - first), first, last.
+    """
+    half = kernel.shape[1] // 2
+    first, last = max(0, start - half), min(n, stop + half)
+    rows = torch.arange(start, stop, device=kernel.device)
+    tap = torch.arange(first, last, device=kernel.device) - rows[:, None] + half
+    outside = (tap < 0) | (tap >= kernel.shape[1])
+    # one more tap that is always 0 serves all tokens out of reach
+    return F.pad(kernel, (0, 1))[:, tap.masked_fill(outside, kernel.shape[1])], first, last
+
+
+def _value_conv(v: Tensor, kernel: Tensor, start: int, stop: int) -> Tensor:
+    """Rows ``start`` ... ``stop`` of one kernel per head along the sequence, zero-padded at its true ends.
+
+    v (B, H, n, d), kernel (H, taps) -> (B, H, stop - start, d). The kernel slides as in ``torch.conv1d``.
+    """
+    heads, taps = kernel.shape
+    if stop - start <= _BAND_ROWS:
+        band, first, last = _band(kernel.to(v.dtype), start, stop, v.shape[2])
+        return band @ v[:, :, first:last]
+    half = taps // 2
+    first, last = max(0, start - half), min(v.shape[2], stop + half)
+    missing = (first - (start - half), stop + half - last)
+    rows = F.pad(v[:, :, first:last], (0, 0, *missing))
+    return F.conv2d(rows, kernel[:, None, :, None].to(v.dtype), groups=heads)

@@ -1,0 +1,258 @@
+"""What the report reads: paths in, tables out. Every stamp is checked and kept for the provenance section."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from morphome.files import file_sha256, parquet_meta, read_json, read_parquet
+
+
+@dataclass(frozen=True)
+class ReportInputs:
+    """Files of one run.
+
+    Attributes:
+        cohort_flow, analysis_flow: ``morphome.flow``; patients: ``morphome.analysis``;
+        audit: ``morphome.slide_audit``; splits: ``morphome.splits``; split_facts: ``morphome.split_facts``.
+        evaluation: folder with oof, metrics, summary, km, risk_groups and comparisons (parquet).
+        runs: one folder per model x repeat x fold.
+        config: the complete, checked configuration.
+        thumbnails: ``(slide_id, jpg, qc json)``; empty for imported features, like ``timings``.
+        groups, oracle: absent without gene groups, and for a cohort that was not simulated.
+    """
+
+    cohort_flow: Path
+    analysis_flow: Path
+    patients: Path
+    audit: Path
+    splits: Path
+    split_facts: Path
+    evaluation: Path
+    runs: Sequence[Path]
+    config: Mapping[str, Any]
+    thumbnails: Sequence[tuple[str, Path, Path]] = ()
+    timings: Sequence[Path] = ()
+    groups: Path | None = None
+    oracle: Path | None = None
+
+
+@dataclass
+class Run:
+    """One model on one fold. ``routing`` holds shares per expert, aggregated over patients (see below)."""
+
+    name: str
+    model: str
+    repeat: int
+    fold: int
+    facts: dict[str, Any]
+    history: pd.DataFrame
+    routing: pd.DataFrame
+
+
+@dataclass
+class Thumbnail:
+    """A picture of one slide and the facts of its tiling."""
+
+    slide_id: str
+    jpg: Path
+    qc: dict[str, Any]
+
+
+@dataclass
+class ReportData:
+    """Everything that the sections need, read once."""
+
+    config: dict[str, Any]
+    flow: list[dict[str, Any]]
+    sources: list[str]
+    patients: pd.DataFrame
+    audit: pd.DataFrame
+    splits: pd.DataFrame
+    facts: dict[str, Any]
+    oof: pd.DataFrame
+    metrics: pd.DataFrame
+    summary: pd.DataFrame
+    km: pd.DataFrame
+    risk_groups: pd.DataFrame
+    comparisons: pd.DataFrame
+    runs: list[Run]
+    thumbnails: list[Thumbnail]
+    timings: list[dict[str, Any]]
+    groups: dict[str, Any] | None
+    oracle: dict[str, Any] | None
+    stamps: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def names(self) -> list[str]:
+        """Rows of the model table in the order of the configuration, then any other."""
+        known = list(dict.fromkeys(self.summary["name"]))
+        asked = [name for name in self.config.get("models", {}) if name in known]
+        return asked + [name for name in known if name not in asked]
+
+    def model_of(self, name: str) -> str:
+        """Registry key of a row."""
+        found = self.summary.loc[self.summary["name"] == name, "model"]
+        return str(found.iloc[0]) if len(found) else name
+
+    def runs_of(self, name: str) -> list[Run]:
+        """Runs of a row, by repeat and fold."""
+        return sorted((r for r in self.runs if r.name == name), key=lambda r: (r.repeat, r.fold))
+
+    def metric(self, name: str, metric: str) -> dict[str, Any]:
+        """The summary's row of a metric; empty when it is not there."""
+        rows = self.summary[(self.summary["name"] == name) & (self.summary["metric"] == metric)]
+        return rows.iloc[0].to_dict() if len(rows) else {}
+
+    @property
+    def repeats(self) -> int:
+        """How many times the cohort was partitioned."""
+        return max(1, int(self.splits["repeat"].nunique()))
+
+    @property
+    def folds(self) -> int:
+        """Outer folds of one repeat."""
+        return int(self.splits["fold"].nunique())
+
+    @property
+    def n_patients(self) -> int:
+        """Analysed patients."""
+        return len(self.patients)
+
+    @property
+    def n_events(self) -> int:
+        """Events among the analysed patients."""
+        return int(self.patients["event"].sum())
+
+    @property
+    def simulated(self) -> bool:
+        """The outcomes were planted."""
+        return self.oracle is not None or "simulate" in self.config
+
+    @property
+    def horizon(self) -> float | None:
+        """Horizon in months, None when no horizon was possible."""
+        value = self.facts.get("horizon_months")
+        return None if value is None else float(value)
+
+
+_EVALUATION = ("oof", "metrics", "summary", "km", "risk_groups", "comparisons")
+
+
+def load_report(inputs: ReportInputs) -> ReportData:
+    """Read and check everything.
+
+    Raises:
+        MorphomeError: a needed file is missing or of another format (names the file).
+    """
+    stamps: list[dict[str, Any]] = []
+
+    def table(path: Path, format_name: str) -> pd.DataFrame:
+        content = read_parquet(path, format_name)
+        stamps.append({"file": _short(path), "sha256": file_sha256(path), **parquet_meta(path)["stamp"]})
+        return content
+
+    def text(path: Path, format_name: str) -> dict[str, Any]:
+        content = read_json(path, format_name)
+        stamps.append({"file": _short(path), "sha256": file_sha256(path), **content["stamp"]})
+        return content
+
+    cohort = text(inputs.cohort_flow, "morphome.flow")
+    analysis = text(inputs.analysis_flow, "morphome.flow")
+    tables = {name: table(Path(inputs.evaluation) / f"{name}.parquet", f"morphome.{name}") for name in _EVALUATION}
+    return ReportData(
+        config=dict(inputs.config),
+        flow=_whole_flow(cohort.get("steps", []), analysis.get("steps", [])),
+        sources=[_as_text(s) for s in (analysis.get("sources") or cohort.get("sources") or [])],
+        patients=table(inputs.patients, "morphome.analysis"),
+        audit=table(inputs.audit, "morphome.slide_audit"),
+        splits=table(inputs.splits, "morphome.splits"),
+        facts=text(inputs.split_facts, "morphome.split_facts"),
+        runs=[_read_run(Path(folder)) for folder in inputs.runs],
+        thumbnails=[
+            Thumbnail(slide_id, Path(jpg), read_json(qc, "morphome.slide_qc"))
+            for slide_id, jpg, qc in inputs.thumbnails
+            if Path(qc).exists()
+        ],
+        timings=[read_json(path, "morphome.timing") for path in inputs.timings if Path(path).exists()],
+        groups=text(inputs.groups, "morphome.groups") if inputs.groups and Path(inputs.groups).exists() else None,
+        oracle=text(inputs.oracle, "morphome.oracle") if inputs.oracle and Path(inputs.oracle).exists() else None,
+        stamps=stamps,
+        **tables,
+    )
+
+
+def _whole_flow(cohort: list[dict[str, Any]], analysis: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Steps of both files in order; those that the second repeats are not shown twice."""
+    seen = {json.dumps(step, sort_keys=True) for step in cohort}
+    return [*cohort, *(step for step in analysis if json.dumps(step, sort_keys=True) not in seen)]
+
+
+def _read_run(folder: Path) -> Run:
+    facts = read_json(folder / "run.json", "morphome.run")
+    history = read_parquet(folder / "history.parquet", "morphome.history")
+    rows = read_parquet(folder / "diagnostics.parquet", "morphome.diagnostics")
+    return Run(
+        name=facts["name"],
+        model=facts["model"],
+        repeat=int(facts["repeat"]),
+        fold=int(facts["fold"]),
+        facts=facts,
+        history=history,
+        routing=routing_shares(rows, history, rows.attrs.get("experts")),
+    )
+
+
+#: Names of the experts of a MoME layer by index, for files that do not name them.
+EXPERTS = ("TransFusion", "BottleneckTransFusion", "AddFusion", "DropX2Fusion")
+
+
+def routing_shares(rows: pd.DataFrame, history: pd.DataFrame, names: Sequence[str] | None = None) -> pd.DataFrame:
+    """Share of patients that each expert got, and the mean entropy of the gate.
+
+    Returns:
+        One row per epoch, layer, role and expert: ``epoch, layer, role, expert, name, n, share, probability``
+        (mean gate probability), ``entropy`` (nats, mean over patients), ``chosen`` (epoch of the predictions).
+        Kept aggregated because the patients' rows of all runs together are many.
+    """
+    columns = ["epoch", "layer", "role", "expert", "name", "n", "share", "probability", "entropy", "chosen"]
+    if rows.empty:
+        return pd.DataFrame(columns=columns)
+    names = list(names or EXPERTS)
+    chosen = set(history.loc[history["chosen"].astype(bool), "epoch"]) if "chosen" in history else set()
+    found = []
+    for (epoch, layer, role), part in rows.groupby(["epoch", "layer", "role"], sort=True):
+        for expert in range(len(names)):
+            probability = part[f"p{expert}"].mean() if f"p{expert}" in part else float("nan")
+            share = float((part["expert"] == expert).mean())
+            found.append(
+                [
+                    epoch,
+                    layer,
+                    role,
+                    expert,
+                    names[expert],
+                    len(part),
+                    share,
+                    probability,
+                    part["entropy"].mean(),
+                    epoch in chosen,
+                ]
+            )
+    return pd.DataFrame(found, columns=columns)
+
+
+def _short(path: Path) -> str:
+    """The last three parts of a path: enough to find the file, nothing about the machine."""
+    return "/".join(Path(path).parts[-3:])
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k}: {v}" for k, v in value.items())
+    return str(value)

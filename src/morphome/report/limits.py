@@ -1,0 +1,246 @@
+"""Limitations of a run, written from its files: nothing here depends on somebody remembering to say it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from morphome.report import format as fmt
+from morphome.report import tables
+from morphome.report.inputs import ReportData
+
+#: Events per test fold below which results are hardly usable, and below which they are weak.
+FEW_EVENTS_STOP, FEW_EVENTS_WARN = 10, 20
+#: SE(C) is about this over the square root of the events, for C near 0.65.
+SE_FACTOR = 0.30
+
+
+@dataclass
+class Flag:
+    """One limitation. ``level``: ``serious`` (shown in the verdict), ``caution`` or ``note``."""
+
+    level: str
+    text: str
+
+
+def limitations(data: ReportData) -> list[Flag]:
+    """Limitations that follow from the files, most serious first."""
+    flags = [
+        *_cohort_flags(data),
+        *_split_flags(data),
+        *_model_flags(data),
+        *_slide_flags(data),
+        Flag(
+            "note",
+            "No external cohort: every estimate is internal cross-validation. Calibration curves, subgroups and "
+            "decision thresholds are not part of this report.",
+        ),
+    ]
+    order = {"serious": 0, "caution": 1, "note": 2}
+    unique = {flag.text: flag for flag in flags}
+    return sorted(unique.values(), key=lambda flag: order[flag.level])
+
+
+def _cohort_flags(data: ReportData) -> list[Flag]:
+    flags = []
+    if data.simulated:
+        flags.append(
+            Flag(
+                "serious",
+                "Planted cohort, not patients: slides, genes and outcomes are simulated. Nothing here is "
+                "a finding about a disease.",
+            )
+        )
+    d = data.n_events
+    if 0 < d < 100:
+        se = SE_FACTOR / np.sqrt(d)
+        flags.append(
+            Flag(
+                "serious" if d < 50 else "caution",
+                f"Few events ({d}): the standard error of a C-index is about "
+                f"{fmt.number(se, 2)}, so only differences much larger than that can be seen.",
+            )
+        )
+    sites = data.patients["site"].value_counts()
+    if len(sites) > 1 and sites.iloc[0] > 0.3 * data.n_patients:
+        flags.append(
+            Flag(
+                "caution",
+                f"Site imbalance: site {sites.index[0]} gave {fmt.share(int(sites.iloc[0]), data.n_patients)} "
+                "of the patients.",
+            )
+        )
+    if len(sites) == 1:
+        flags.append(Flag("caution", "All patients come from one site (or the sites are unknown)."))
+    for column in ("age_years", "sex", "stage", "grade"):
+        if column in data.patients:
+            gone = int(data.patients[column].isna().sum())
+            if gone > 0.2 * data.n_patients:
+                flags.append(
+                    Flag("caution", f"{column} is missing for {fmt.share(gone, data.n_patients)} of the patients.")
+                )
+    return flags
+
+
+def _split_flags(data: ReportData) -> list[Flag]:
+    flags = []
+    table = tables.splits(data)
+    if len(table):
+        least = int(table["test_events"].min())
+        if least < FEW_EVENTS_STOP:
+            flags.append(
+                Flag(
+                    "serious",
+                    f"A test fold has only {fmt.plural(least, 'event')}; below {FEW_EVENTS_STOP} "
+                    "the estimate of a fold is close to noise.",
+                )
+            )
+        elif least < FEW_EVENTS_WARN:
+            flags.append(
+                Flag("caution", f"A test fold has only {fmt.plural(least, 'event')} (fewer than {FEW_EVENTS_WARN}).")
+            )
+        most = int(table["test_events"].max())
+        if least and most > 2.5 * least:
+            flags.append(
+                Flag(
+                    "caution",
+                    f"Folds are uneven: {least} to {most} events per test fold, because whole sites are kept together."
+                    if _scheme(data) == "site"
+                    else f"Folds are uneven: {least} to {most} events per test fold.",
+                )
+            )
+        shared = int(table["test_sites_also_in_training"].max())
+        if shared and _scheme(data) == "site":
+            flags.append(
+                Flag(
+                    "serious",
+                    f"Up to {fmt.plural(shared, 'site')} of a test fold also lie in training although "
+                    "the split should keep sites apart.",
+                )
+            )
+        elif shared:
+            flags.append(
+                Flag(
+                    "caution",
+                    "Test patients come from sites that are also in training: models that "
+                    "recognise the hospital are rewarded, slide models most. Site-preserved folds "
+                    "(splits.scheme: site) avoid it.",
+                )
+            )
+    if data.repeats == 1:
+        flags.append(
+            Flag(
+                "serious",
+                "Quick split: one partition of the cohort. Another partition would give other "
+                "numbers; no p-values are given.",
+            )
+        )
+    else:
+        flags.append(
+            Flag(
+                "note",
+                "Intervals resample patients; they do not contain the variation of models between "
+                "training sets, so they are somewhat too narrow.",
+            )
+        )
+    if data.horizon is None and not any(str(text).startswith("horizon") for text in data.facts.get("warnings") or []):
+        flags.append(
+            Flag(
+                "caution",
+                f"No horizon: {data.facts.get('horizon_reason') or 'no reason given'}. Uno's C, AUC, "
+                "IBS and IPA cannot be computed.",
+            )
+        )
+    noted = [*(data.facts.get("warnings") or []), *(data.summary.attrs.get("warnings") or [])]
+    flags += [Flag("caution", str(text)) for text in noted]
+    return flags
+
+
+def _scheme(data: ReportData) -> str:
+    return str(data.facts.get("scheme") or data.config.get("splits", {}).get("scheme") or "")
+
+
+def _model_flags(data: ReportData) -> list[Flag]:
+    flags = []
+    models = {data.model_of(name) for name in data.names}
+    if "clinical_cox" not in models:
+        flags.append(Flag("serious", "No clinical Cox row: whether anything is added to clinical data is not known."))
+    if "random" not in models:
+        flags.append(Flag("caution", "No random-score row: the chain has no negative control in this run."))
+    for name in data.names:
+        c = data.metric(name, "harrell_c")
+        side = fmt.excludes(c.get("lower"), c.get("upper"), 0.5)
+        if data.model_of(name) == "random" and side:
+            flags.append(
+                Flag(
+                    "serious",
+                    f"Control out of range: the random score '{name}' has C "
+                    f"{fmt.estimate(c['value'], c['lower'], c['upper'])}, which should contain 0.5.",
+                )
+            )
+        elif side < 0:
+            flags.append(
+                Flag("caution", f"{name} ranks worse than chance: {fmt.estimate(c['value'], c['lower'], c['upper'])}.")
+            )
+        constant = sum(bool(r.facts.get("constant_prediction")) for r in data.runs_of(name))
+        if constant:
+            flags.append(
+                Flag(
+                    "caution",
+                    f"{name} gave every patient the same risk in {constant} of "
+                    f"{fmt.plural(len(data.runs_of(name)), 'run')}: it learned nothing there.",
+                )
+            )
+        ceiling = (data.oracle or {}).get("oracle_c")
+        if not fmt.is_missing(ceiling) and fmt.excludes(c.get("lower"), c.get("upper"), float(ceiling)) > 0:
+            flags.append(Flag("serious", f"{name} lies above the oracle's C: look for a leak."))
+    gone = data.metrics[data.metrics["value"].isna()]
+    if len(gone):
+        reasons = fmt.listing(sorted({str(r) for r in gone["reason"] if r}), 4)
+        flags.append(
+            Flag(
+                "caution", f"{fmt.plural(len(gone), 'metric value')} of single folds could not be computed: {reasons}."
+            )
+        )
+    for text, rows in _run_warnings(data).items():
+        flags.append(Flag("note", f"{text} [{fmt.listing(rows, 3)}]"))
+    return flags
+
+
+def _run_warnings(data: ReportData) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for run in data.runs:
+        for text in run.facts.get("warnings") or []:
+            found.setdefault(str(text), []).append(f"{run.name}/r{run.repeat}/f{run.fold}")
+    # Long lists of one-off messages bury the rest; the run.json files have them all.
+    kept = dict(sorted(found.items(), key=lambda item: -len(item[1]))[:12])
+    if len(found) > 12:
+        kept[f"{len(found) - 12} further messages of training runs (see their run.json)"] = ["all runs"]
+    return kept
+
+
+def _slide_flags(data: ReportData) -> list[Flag]:
+    flags = []
+    lost = tables.failed_slides(data)
+    if len(lost):
+        flags.append(
+            Flag(
+                "caution",
+                f"{fmt.plural(len(lost), 'slide')} of {len(data.audit)} gave no features (listed under Slides).",
+            )
+        )
+    if "mpp_source" in data.audit:
+        assumed = int(data.audit["mpp_source"].astype(str).str.startswith("assumed").sum())
+        if assumed:
+            flags.append(
+                Flag(
+                    "serious",
+                    f"Microns per pixel were assumed from the objective's power for {fmt.plural(assumed, 'slide')}.",
+                )
+            )
+    if data.config.get("features", {}).get("source") == "external":
+        flags.append(
+            Flag("caution", "Features were imported: tiling, microns per pixel and encoder cannot be checked here.")
+        )
+    return flags
