@@ -18,6 +18,9 @@ from morphome import survival
 from morphome.errors import MorphomeError
 from morphome.evaluation.risk_groups import rmst, stratified_cox
 
+#: lifelines' own.
+pytestmark = pytest.mark.filterwarnings("ignore:Starting with pandas version 4")
+
 
 def _load(name: str) -> dict:
     if name == "veteran":

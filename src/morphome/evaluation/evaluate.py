@@ -27,7 +27,7 @@ from morphome.evaluation.intervals import (
 from morphome.evaluation.metrics import METRICS, FoldData, fold_metrics
 from morphome.evaluation.risk_groups import compare_groups, group_curves
 from morphome.files import read_json, read_parquet, write_parquet
-from morphome.survival import Metric
+from morphome.survival import TIED_TOLERANCE, Metric
 
 #: Rows are compared in pairs with this model.
 REFERENCE_MODEL = "clinical_cox"
@@ -138,7 +138,7 @@ def _fold(path: Path, table: pd.DataFrame, grid: np.ndarray, horizon: float | No
 
 
 def _check_rows(rows: Sequence[Row]) -> list[str]:
-    """Every row has the same folds; every patient is tested once per repeat. Returns remarks on lost patients."""
+    """Every row has the same folds; every patient is tested once per repeat. Returns remarks for the reader."""
     notes = []
     all_keys = {key for row in rows for key in row.folds}
     everyone: dict[tuple[int, int], set[str]] = {key: set() for key in all_keys}
@@ -159,6 +159,9 @@ def _check_rows(rows: Sequence[Row]) -> list[str]:
                     )
                 tested.add((repeat, patient))
     for row in rows:
+        constant = sum(len(d.risk) > 1 and np.ptp(d.risk) <= TIED_TOLERANCE for d in row.folds.values())
+        if constant:
+            notes.append(f"'{row.name}' gives all test patients the same risk in {constant} of {len(row.folds)} folds")
         lost = sorted({p for key, data in row.folds.items() for p in everyone[key] - set(data.patient_id)})
         if lost:
             names = ", ".join(lost[:5]) + (", …" if len(lost) > 5 else "")

@@ -62,7 +62,7 @@ class EncoderSpec:
     def dimension_names(self) -> tuple[str, ...]:
         """A name per dimension; ``<key>_0`` ... for encoders whose dimensions mean nothing by themselves."""
         if self.key == "stain_texture":
-            from morphome.features.stain_texture import DIMENSIONS
+            from morphome.features.dimensions import DIMENSIONS
 
             return tuple(d.name for d in DIMENSIONS)
         return tuple(f"{self.key}_{i}" for i in range(self.dim))

@@ -3,7 +3,7 @@
 Stains are separated by colour deconvolution (Ruifrok & Johnston 2001); texture is told by grey-level co-occurrence
 (Haralick et al. 1973) and local binary patterns (Ojala et al. 2002); nuclei are connected pieces of haematoxylin
 above a threshold; fibres by the structure tensor. Each value is ``(raw - centre) / scale`` with the constants of
-:data:`DIMENSIONS`, which are fixed and were never fitted to a cohort, then clipped to +-8.
+:data:`morphome.features.dimensions.DIMENSIONS`, which are fixed and were never fitted to a cohort, then clipped to +-8.
 
 All is measured on the *work image*: the tile area-averaged to about 128 px a side, 1 micron per pixel for the
 default tiling (256 px at 0.5). Lengths and areas below are in pixels of the work image. Only integers are summed
@@ -12,7 +12,6 @@ where order could matter, so that results do not depend on threads or batches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +19,7 @@ from PIL import Image
 from scipy import ndimage
 from skimage.feature import graycomatrix
 
+from morphome.features.dimensions import DIMENSIONS, FIBRE_BLOCK_PX, NUCLEUS_MIN_PX, WHITE
 from morphome.slides.quality import laplacian_variance
 
 if TYPE_CHECKING:
@@ -36,98 +36,7 @@ CLIP = 8.0
 LEVELS = 16
 #: Least and largest threshold of nuclei, in amounts of haematoxylin; between them Otsu's threshold of the tile.
 NUCLEI_MIN, NUCLEI_MAX = 0.10, 0.60
-NUCLEUS_MIN_PX = 12
-WHITE = 220
 _ANGLES = (0.0, np.pi / 4, np.pi / 2, 3 * np.pi / 4)
-_BLOCK = 16
-
-
-@dataclass(frozen=True)
-class Dimension:
-    """One number of the vector: ``(raw - centre) / scale``."""
-
-    name: str
-    unit: str
-    meaning: str
-    centre: float
-    scale: float
-
-
-def _dimensions() -> tuple[Dimension, ...]:
-    rows: list[tuple[str, str, str, float, float]] = [
-        ("saturation_mean", "1", "HSV saturation", 0.3, 0.15),
-        ("saturation_sd", "1", "its standard deviation", 0.15, 0.06),
-        ("brightness_mean", "1", "luma (ITU-R 601) / 255", 0.65, 0.15),
-        ("brightness_sd", "1", "its standard deviation", 0.14, 0.06),
-        ("white_share", "1", f"share of pixels with every channel above {WHITE}", 0.1, 0.15),
-    ]
-    for key, name, middle in (("h", "haematoxylin", 0.12), ("e", "eosin", 0.15)):
-        rows += [
-            (f"{key}_mean", "OD", f"amount of {name}", middle, 0.1),
-            (f"{key}_sd", "OD", "its standard deviation", 0.1, 0.06),
-            (f"{key}_p10", "OD", "its 10 % quantile", 0.04, 0.05),
-            (f"{key}_p50", "OD", "its median", middle, 0.1),
-            (f"{key}_p90", "OD", "its 90 % quantile", 0.3, 0.15),
-            (f"{key}_skew", "1", "its skewness", 1.0, 1.0),
-        ]
-    rows += [
-        ("r_mean", "OD", "amount of the residual channel: brown pigment, DAB, fixation", 0.17, 0.1),
-        ("r_sd", "OD", "its standard deviation", 0.1, 0.05),
-        ("r_p90", "OD", "its 90 % quantile", 0.3, 0.12),
-    ]
-    for key, name, distance in (("h", "haematoxylin", 1), ("h", "haematoxylin", 4), ("e", "eosin", 1)):
-        of = f"co-occurrence of {name} codes at {distance} px, mean of four directions"
-        near = distance == 1
-        rows += [
-            (
-                f"{key}_glcm{distance}_contrast",
-                "levels^2",
-                f"contrast, {of}",
-                3.0 if near else 5.0,
-                2.0 if near else 4.0,
-            ),
-            (f"{key}_glcm{distance}_homogeneity", "1", f"homogeneity, {of}", 0.6 if near else 0.5, 0.15),
-            (f"{key}_glcm{distance}_correlation", "1", f"correlation, {of}", 0.7 if near else 0.4, 0.2),
-            (f"{key}_glcm{distance}_entropy", "bit", f"entropy, {of}", 4.5 if near else 5.0, 1.0),
-            (f"{key}_glcm{distance}_energy", "1", f"root of the angular second moment, {of}", 0.25, 0.12),
-        ]
-    rows.append(("h_e_correlation", "1", "correlation of the codes of haematoxylin and eosin", 0.0, 0.3))
-    centres = (0.06, 0.08, 0.05, 0.1, 0.14, 0.13, 0.08, 0.09, 0.12, 0.22)
-    for ones in range(9):
-        meaning = f"share of local binary patterns of luma with {ones} brighter neighbours in one arc"
-        rows.append((f"lbp_{ones}", "1", meaning, centres[ones], 0.03))
-    rows += [
-        ("lbp_other", "1", "share of local binary patterns with several arcs", centres[9], 0.08),
-        ("nuclei_share", "1", "share of the tile covered by nuclei", 0.15, 0.1),
-        ("nuclei_density", "1/1000 px", f"nuclei of at least {NUCLEUS_MIN_PX} px", 1.5, 1.0),
-        ("nuclei_log_area", "ln px", "mean logarithm of their area", 3.6, 0.5),
-        ("nuclei_log_area_sd", "ln px", "its standard deviation: variation of size", 0.8, 0.3),
-        ("nuclei_log_area_p90", "ln px", "its 90 % quantile", 4.6, 0.8),
-        ("nuclei_elongation", "1", "mean of 1 - minor / major axis of their inertia", 0.45, 0.12),
-        ("nuclei_contrast", "OD", "haematoxylin inside less outside nuclei", 0.25, 0.15),
-        ("nuclei_inner_sd", "OD", "standard deviation of haematoxylin inside nuclei", 0.1, 0.06),
-        ("nuclei_gap", "px", "mean distance between a nucleus and the nearest other", 16.0, 6.0),
-        ("nuclei_gap_cv", "1", "coefficient of variation of that distance", 0.45, 0.15),
-        ("nuclei_largest", "1", "share of the largest piece in the cover of nuclei: crowding", 0.2, 0.2),
-        (
-            "h_coarse4",
-            "ln",
-            "log of the haematoxylin code's spread between 4-px blocks over that of pixels",
-            -0.25,
-            0.2,
-        ),
-        ("h_coarse16", "ln", "the same for 16-px blocks", -0.8, 0.4),
-        ("e_coarse16", "ln", "as h_coarse16, of the eosin code", -0.8, 0.4),
-        ("detail", "lg", "decadic log of 1 + variance of the Laplacian of luma: focus and fine detail", 3.0, 0.5),
-        ("red_blue", "1", "mean red less mean blue, / 255", 0.05, 0.1),
-        ("fibre_local", "1", f"coherence of luma gradients within {_BLOCK}-px blocks", 0.3, 0.12),
-        ("fibre_global", "1", "coherence of luma gradients over the tile", 0.12, 0.12),
-    ]
-    return tuple(Dimension(*row) for row in rows)
-
-
-#: Name, unit, meaning, centre and scale of every dimension, in the order of the vector.
-DIMENSIONS: tuple[Dimension, ...] = _dimensions()
 
 
 class StainTexture:
@@ -170,7 +79,7 @@ def raw_values(tile: np.ndarray) -> np.ndarray:
     values.append(_correlation(codes[0], codes[1]))
     values += [*_local_patterns(luma)]
     values += [*_nuclei(codes[0], stains[0])]
-    values += [_coarseness(codes[0], 4), _coarseness(codes[0], _BLOCK), _coarseness(codes[1], _BLOCK)]
+    values += [_coarseness(codes[0], 4), _coarseness(codes[0], FIBRE_BLOCK_PX), _coarseness(codes[1], FIBRE_BLOCK_PX)]
     values += [float(np.log10(1 + laplacian_variance(luma))), _red_blue(rgb)]
     values += [*_fibres(luma)]
     return np.array(values)
@@ -278,6 +187,12 @@ def _local_patterns(luma: np.ndarray) -> np.ndarray:
         brighter = luma[down : down + height, right : right + width] >= centre
         pattern |= brighter.view(np.uint8) << np.uint8(bit)
     return np.bincount(_BINS, weights=np.bincount(pattern.ravel(), minlength=256), minlength=10) / pattern.size
+
+
+_SHAPE_NAMES = (
+    *("log_area", "log_area_sd", "log_area_p90", "elongation"),
+    *("contrast", "inner_sd", "gap", "gap_cv", "largest"),
+)
 
 
 def _nuclei(code: np.ndarray, counts: np.ndarray) -> tuple[float, ...]:
@@ -397,7 +312,7 @@ def _fibres(luma: np.ndarray) -> tuple[float, float]:
     wide = luma.astype(np.int16)
     dx, dy = (wide[1:-1, 2:] - wide[1:-1, :-2]).astype(np.int32), (wide[2:, 1:-1] - wide[:-2, 1:-1]).astype(np.int32)
     products = (dx * dx, dy * dy, dx * dy)
-    block = min(_BLOCK, *dx.shape)
+    block = min(FIBRE_BLOCK_PX, *dx.shape)
     rows, columns = dx.shape[0] // block, dx.shape[1] // block
     xx, yy, xy = (
         p[: rows * block, : columns * block].reshape(rows, block, columns, block).sum(axis=(1, 3), dtype=np.int64)

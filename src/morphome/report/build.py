@@ -11,7 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from morphome.files import settings_hash, stamp, write_text
-from morphome.report import figures, records, sections
+from morphome.report import figures, history, records, sections
 from morphome.report import format as fmt
 from morphome.report.inputs import ReportData, ReportInputs, load_report
 from morphome.report.judge import judge
@@ -70,8 +70,8 @@ def _page(data: ReportData, tables: Mapping[str, Any], settings: Mapping[str, An
         "models": sections.models(data, tables["model_table"], tables["comparisons"]),
         "risk": sections.risk(data),
         "risk_floor": figures.least_at_risk(data.n_patients),
-        "training": sections.training(data),
-        "experts": sections.experts(data, tables["expert_use"]),
+        "training": history.training(data),
+        "experts": history.experts(data, tables["expert_use"]),
         "slides": records.slides(data, tables["slides"]),
         "times": records.run_times(data),
         "limitations": limitations(data),

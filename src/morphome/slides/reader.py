@@ -22,6 +22,8 @@ from morphome.errors import MorphomeError
 CACHE_BYTES = 128 << 20
 #: Longest side of a block read for an overview, in pixels of the level: bounds memory on files without a pyramid.
 BLOCK_PX = 2048
+#: A level this much coarser than asked still serves an overview: 16 for 15.9 saves reading the level of 4.
+OVERVIEW_TOLERANCE = 1.05
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
@@ -106,12 +108,12 @@ class OpenSlideReader:
     def overview(self, width: int, height: int) -> np.ndarray:
         """The whole slide area-averaged to uint8 (height, width, 3).
 
-        Reads the coarsest level that is still at least as fine as asked, block by block: a thumbnail of a file
+        Reads the coarsest level that is at least about as fine as asked, block by block: a thumbnail of a file
         without a pyramid would otherwise hold all of level 0 in memory.
         """
         facts = self.facts
         factor = min(facts.width_px / width, facts.height_px / height)
-        fine = [i for i, d in enumerate(facts.level_downsamples) if d <= factor * 1.001 and min(facts.level_sizes[i])]
+        fine = [i for i, d in enumerate(facts.level_downsamples) if d <= factor * OVERVIEW_TOLERANCE and min(facts.level_sizes[i])]
         level = max(fine, key=lambda i: facts.level_downsamples[i], default=0)
         level_w, level_h = facts.level_sizes[level]
         scale_x, scale_y = level_w / width, level_h / height

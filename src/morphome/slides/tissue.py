@@ -27,7 +27,7 @@ NEAR_WHITE = 232
 #: Closing bridges gaps of up to twice this.
 CLOSING_UM = 16.0
 #: Ink is drawn: smaller spots of its colours are nuclei, pigment or blood.
-PEN_MIN_MM2 = 0.03
+PEN_MIN_MM2 = 0.01
 #: The pale rim of a pen mark.
 PEN_MARGIN_UM = 40.0
 #: Brightness (largest channel, 0 to 255) of the background of a brightfield slide.
