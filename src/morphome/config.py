@@ -21,8 +21,8 @@ from morphome.paths import Paths
 
 SCHEMA_PATH = Path(__file__).parent / "schemas" / "config.schema.yaml"
 
-#: Keys of a model's entry that are not settings of the model itself.
-_ENTRY_KEYS = ("model", "training")
+#: Models that need a bag of every patient.
+_SEE_SLIDES = ("mean_pool_cox", "abmil", "mome")
 
 
 @functools.cache
@@ -183,6 +183,11 @@ def _contradictions(full: Mapping[str, Any]) -> list[str]:
     if "simulate" in full and full["simulate"]["tiles_min"] > full["simulate"]["tiles_max"]:
         problems.append("simulate.tiles_min: larger than simulate.tiles_max. Remedy: swap them")
     for name, entry in full["models"].items():
+        if entry["model"] in _SEE_SLIDES and "wsi" not in full["cohort"]["require"]:
+            problems.append(
+                f"models.{name}: sees slides, but cohort.require does not list 'wsi'. "
+                "Remedy: add 'wsi' to cohort.require or take the model out"
+            )
         for need in _model_needs(entry):
             if need not in molecular:
                 problems.append(

@@ -8,7 +8,7 @@ import pytest
 
 from morphome.errors import MorphomeError, MorphomeWarning
 from morphome.evaluation.evaluate import run_evaluate
-from morphome.evaluation.metrics import METRICS
+from morphome.evaluation.metrics import METRICS, fold_metrics
 from morphome.files import read_parquet
 
 SETTINGS = {"evaluation": {"horizon_months": "auto", "bootstrap": 200, "seed": 1}}
@@ -66,6 +66,17 @@ def test_each_patient_once_per_repeat(tables):
     assert (oracle["risk"] == oracle["patient_id"].map(truth)).all()  # full precision
     assert ((oracle["risk"] > oracle["threshold"]) == oracle["high_risk"]).all()
     assert oracle["survival_at_horizon"].between(0, 1).all()
+
+
+def test_metrics_use_the_whole_training_fold(tables):
+    """G, threshold and marginal curve come from all that is not tested, inner validation included."""
+    cohort, found = tables["cohort"], tables["metrics"].set_index(["name", "repeat", "fold", "metric"])["value"]
+    oof = tables["oof"].set_index(["name", "repeat", "fold"])["threshold"]
+    for repeat, fold in ((0, 0), (1, 2)):
+        data = cohort.data(cohort.oracle, repeat, fold)
+        for metric, value in fold_metrics(data).items():
+            assert found["oracle", repeat, fold, metric] == value.value
+        assert set(oof.loc[("oracle", repeat, fold)]) == {data.threshold}
 
 
 def test_oracle_and_null(tables):

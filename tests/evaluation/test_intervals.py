@@ -94,7 +94,7 @@ def test_age_and_sex_on_published_folds(shared_data, cohort, value):
     with ZipFile(shared_data / "tables" / "porpoise" / f"tcga_{cohort}_all_clean.csv.zip") as archive:
         columns = ["case_id", "survival_months", "censorship", "age", "is_female"]
         table = pd.read_csv(archive.open(archive.namelist()[0]), usecols=columns).drop_duplicates("case_id")
-    table = table.assign(event=1 - table["censorship"]).set_index("case_id", drop=False)
+    table = table.assign(event=1 - table["censorship"]).set_index("case_id", drop=False).rename_axis(None)
     folds = []
     for k in range(5):
         lists = pd.read_csv(shared_data / "splits" / "porpoise_5foldcv" / f"tcga_{cohort}" / f"splits_{k}.csv")

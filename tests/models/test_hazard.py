@@ -185,3 +185,19 @@ def test_cox_batch_of_one_and_batch_without_event():
     assert loss.item() == 0
     with pytest.raises(MorphomeError, match="ties"):
         hazard.cox_loss(h, torch.arange(3.0), torch.ones(3), "exact")
+
+
+def test_edges_that_end_at_the_horizon():
+    time = np.array([1.0, 2.0, 4.0, 8.0, 30.0, 60.0, 5.0])
+    event = np.array([1, 1, 1, 1, 1, 1, 0])
+    edges = hazard.bin_edges(time, event, 4, "here", last_edge=24.0)
+    # Events before 24 months: 1, 2, 4, 8; their 1/3 and 2/3 quantiles, then the horizon itself.
+    np.testing.assert_allclose(edges, [2.0, 4.0, 24.0])
+    curve = hazard.survival_curve(torch.log(torch.tensor([[0.9, 0.8, 0.5, 0.1]])), edges, np.array([24.0, 24.1]))
+    assert curve[0, 0].item() == pytest.approx(0.5)
+    assert torch.isnan(curve[0, 1])
+
+
+def test_no_event_before_the_horizon_is_an_error():
+    with pytest.raises(MorphomeError, match="here"):
+        hazard.bin_edges([30.0, 40.0], [1, 1], 4, "here", last_edge=24.0)

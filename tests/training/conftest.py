@@ -20,6 +20,7 @@ TRAINING = {
     "weight_decay": 1e-5,
     "accumulation": 8,
     "time_bins": 3,
+    "bin_edges": "quantile",
     "beta": 0.0,
     "sampler": "class_balanced",
     "epoch_rule": "inner_best",

@@ -82,16 +82,20 @@ def nll_loss(logits: Tensor, bins: Tensor, event: Tensor, beta: float = 0.0) -> 
     return ((1 - beta) * censored + uncensored).mean()
 
 
-def bin_edges(time: ArrayLike, event: ArrayLike, n_bins: int, where: str) -> np.ndarray:
+def bin_edges(time: ArrayLike, event: ArrayLike, n_bins: int, where: str, last_edge: float | None = None) -> np.ndarray:
     """Inner edges q_1 ... q_{K-1}: the k/K quantiles (linear) of the times of the uncensored patients.
 
-    The outer edges are -inf and +inf and are not returned. Fit on training patients only.
+    The outer edges are -inf and +inf and are not returned. Fit on training patients only. With ``last_edge`` (the
+    horizon) q_{K-1} is that time and the others are the k/(K-1) quantiles of the events before it, so that S is
+    identified up to the horizon; plain quantiles leave the last 1/K of the events, and often the horizon, beyond
+    the last edge.
 
     Args:
         time: months, (n,).
         event: 1 = observed, (n,).
         n_bins: K >= 2.
         where: what the patients are, for messages, e.g. ``"repeat 0, fold 3"``.
+        last_edge: months; fixed before any model is fitted.
 
     Returns:
         (K-1,) float64, strictly increasing.
@@ -102,7 +106,14 @@ def bin_edges(time: ArrayLike, event: ArrayLike, n_bins: int, where: str) -> np.
     times = np.asarray(time, dtype=np.float64)[np.asarray(event).astype(bool)]
     if times.size == 0:
         raise MorphomeError(f"{where}: no event among the training patients", "use fewer or larger folds")
-    edges = np.quantile(times, np.arange(1, n_bins) / n_bins)
+    if last_edge is None:
+        edges = np.quantile(times, np.arange(1, n_bins) / n_bins)
+    else:
+        early = times[times < last_edge]
+        inner = (
+            np.quantile(early, np.arange(1, n_bins - 1) / (n_bins - 1)) if early.size else np.full(n_bins - 2, np.nan)
+        )
+        edges = np.append(inner, last_edge)
     if not np.all(np.diff(edges) > 0) or not np.all(np.isfinite(edges)):
         raise MorphomeError(
             f"{where}: the {n_bins} time bins have duplicate or non-finite edges "

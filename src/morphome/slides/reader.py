@@ -113,7 +113,11 @@ class OpenSlideReader:
         """
         facts = self.facts
         factor = min(facts.width_px / width, facts.height_px / height)
-        fine = [i for i, d in enumerate(facts.level_downsamples) if d <= factor * OVERVIEW_TOLERANCE and min(facts.level_sizes[i])]
+        fine = [
+            i
+            for i, d in enumerate(facts.level_downsamples)
+            if d <= factor * OVERVIEW_TOLERANCE and min(facts.level_sizes[i])
+        ]
         level = max(fine, key=lambda i: facts.level_downsamples[i], default=0)
         level_w, level_h = facts.level_sizes[level]
         scale_x, scale_y = level_w / width, level_h / height

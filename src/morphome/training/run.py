@@ -80,7 +80,12 @@ class TrainedModel:
 
 
 def make_model(
-    key: str, settings: Mapping[str, Any], training: Mapping[str, Any], seed: int, threads: int = 1
+    key: str,
+    settings: Mapping[str, Any],
+    training: Mapping[str, Any],
+    seed: int,
+    threads: int = 1,
+    horizon_months: float | None = None,
 ) -> Baseline | NeuralModel:
     """An untrained model of the registry (baselines and neural models alike).
 
@@ -95,7 +100,7 @@ def make_model(
 
     if key not in NEURAL:
         raise MorphomeError(f"there is no model '{key}'", f"models are {', '.join([*BASELINES, *NEURAL])}")
-    return NeuralModel(key, settings, training, seed, threads)
+    return NeuralModel(key, settings, training, seed, threads, horizon_months)
 
 
 def run_train(
@@ -137,7 +142,7 @@ def run_train(
     notes: list[str] = []
     times = time_grid(horizon, data.outcomes("train", "inner_val").time)
 
-    model = make_model(key, entry["settings"], training, seed, threads)
+    model = make_model(key, entry["settings"], training, seed, threads, horizon)
     with _one_blas_thread():
         fit_start = clock.perf_counter()
         model.fit(data, notes)

@@ -44,8 +44,11 @@ def torch_state(threads: int, seed: int, device: str = "cpu") -> Iterator[None]:
             torch.set_num_threads(threads)
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.manual_seed(seed)
+            # Peaked attention makes denormal numbers, on which CPUs are far slower.
+            torch.set_flush_denormal(True)
             yield
         finally:
+            torch.set_flush_denormal(False)
             torch.set_num_threads(before[0])
             torch.use_deterministic_algorithms(before[1], warn_only=warn_only)
 
@@ -136,13 +139,21 @@ class NeuralModel:
     """
 
     def __init__(
-        self, key: str, settings: Mapping[str, Any], training: Mapping[str, Any], seed: int, threads: int = 1
+        self,
+        key: str,
+        settings: Mapping[str, Any],
+        training: Mapping[str, Any],
+        seed: int,
+        threads: int = 1,
+        horizon_months: float | None = None,
     ) -> None:
         """Args:
         key: registry key; settings: the model's own settings; training: the training section.
         seed: derived from the training seed, repeat and fold.
         threads: CPU threads of torch; part of the result, since they order floating point sums.
+        horizon_months: the last bin edge with ``bin_edges: horizon``; fixed before any model is fitted.
         """
+        self.horizon_months = horizon_months
         self.key, self.settings, self.training = key, dict(settings), dict(training)
         self.seed, self.threads = seed, threads
         self.needs: frozenset[str] = NEURAL[key].needs
@@ -176,7 +187,10 @@ class NeuralModel:
                 "set splits.inner_fraction, or training.epoch_rule: last",
             )
         self._fit_inputs(fold, train, notes)
-        edges = hazard.bin_edges(train.time, train.event, self.training["time_bins"], fold.where)
+        last_edge = self.horizon_months if self.training["bin_edges"] == "horizon" else None
+        if self.training["bin_edges"] == "horizon" and last_edge is None:
+            notes.append(f"there is no horizon: the time bins are quantiles of the training events ({fold.where})")
+        edges = hazard.bin_edges(train.time, train.event, self.training["time_bins"], fold.where, last_edge)
         self.objective = HazardObjective(edges)
         d_in = fold.bag(train.ids[0])[0].shape[1] if "path" in self.needs else 0
         self.dims = self._dims(d_in, self.training["time_bins"])
@@ -187,7 +201,10 @@ class NeuralModel:
     def _train(self, fold: FoldData, train: Outcomes, inner: Outcomes, notes: list[str]) -> None:
         training = self.training
         optimizer = torch.optim.Adam(
-            self.module.parameters(), lr=training["learning_rate"], weight_decay=training["weight_decay"]
+            self.module.parameters(),
+            lr=training["learning_rate"],
+            weight_decay=training["weight_decay"],
+            fused=True,  # three times faster than the loop over parameters on a CPU, for MoME's 20 M
         )
         choice = EpochChoice(training["epoch_rule"], training["patience"])
         state: dict[str, torch.Tensor] = {}
@@ -356,8 +373,8 @@ class NeuralModel:
     # -- state ----------------------------------------------------------------------------------------------
     @property
     def n_parameters(self) -> int:
-        """Number of trainable numbers."""
-        return sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+        """Number of weights, trained or frozen (as papers count them)."""
+        return sum(p.numel() for p in self.module.parameters())
 
     @property
     def history(self) -> pd.DataFrame:
