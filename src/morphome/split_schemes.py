@@ -26,6 +26,8 @@ _NODE_LIMIT = 400
 #: Safety net only; about a second is usual.
 _TIME_LIMIT_S = 60.0
 _RELATIVE_GAP = 0.02
+#: Pairs of sites tried when a repeat would be the same as an earlier one.
+_PAIRS_TRIED = 6
 #: Cost of one event missing to the required minimum, against one event off the balanced number.
 _SHORTAGE_WEIGHT = 10.0
 #: Cost of a whole cohort of patients off balance, in events of the whole cohort.
@@ -161,7 +163,7 @@ def site_folds(
 
     Args:
         site: (n,) of patients sorted by id; event: (n,). earlier: fold vectors of the repeats before this one; a
-            repeat with the same partition is drawn again with stronger random preferences.
+            repeat does not take the same folds again unless nothing else leaves ``min_events`` in every fold.
 
     Raises:
         MorphomeError: fewer sites than folds.
@@ -173,22 +175,39 @@ def site_folds(
             f"({', '.join(names[:10])})",
             "lower splits.folds, or set splits.scheme to 'random'",
         )
-    events = np.bincount(index, weights=event, minlength=len(names)).astype(np.int64)
-    patients = np.bincount(index, minlength=len(names)).astype(np.int64)
-    targets = balanced_targets(events, patients, folds)
-    known = {_partition(fold) for fold in earlier}
-    result = None
-    for attempt in range(5):
-        rng = np.random.default_rng([seed, repeat, attempt, 101])
-        # At most one event in total at first, so that balance comes before variety; then up to 16.
-        cost = rng.random((len(names), folds)) * 2.0**attempt / len(names)
+
+    def solve(index: np.ndarray, stream: int) -> SiteFolds:
+        n = int(index.max()) + 1
+        events = np.bincount(index, weights=event, minlength=n).astype(np.int64)
+        patients = np.bincount(index, minlength=n).astype(np.int64)
+        # At most one event in total: balance comes before variety.
+        cost = np.random.default_rng([seed, repeat, stream, 101]).random((n, folds)) / n
+        targets = balanced_targets(events, patients, folds)
         bins, how = assign_sites(events, patients, *targets, np.full(folds, float(min_events)), cost)
         # An empty fold is no fold: the emptiest bins take the smallest sites of the fullest.
-        bins = _fill_empty(bins, patients, folds)
-        fold = bins[index]
-        result = SiteFolds(fold, how)
-        if _partition(fold) not in known:
-            return result
+        return SiteFolds(_fill_empty(bins, patients, folds)[index], how)
+
+    result = solve(index, 0)
+    known = {_partition(fold) for fold in earlier}
+    if _partition(result.fold) not in known:
+        return result
+    # Two sites that were always apart are kept together: the folds must then differ from all earlier ones.
+    site_fold = [np.array([fold[index == s][0] for s in range(len(names))]) for fold in earlier]
+    pairs = [
+        (a, b)
+        for a in range(len(names))
+        for b in range(a + 1, len(names))
+        if len(names) > folds and all(where[a] != where[b] for where in site_fold)
+    ]
+    np.random.default_rng([seed, repeat, 102]).shuffle(pairs)
+    tried = []
+    for stream, (a, b) in enumerate(pairs[:_PAIRS_TRIED], start=1):
+        merged = np.where(index == b, a, index)
+        tried.append(solve(np.unique(merged, return_inverse=True)[1], stream))
+    counts = [np.bincount(other.fold, event, folds) for other in tried]
+    fit = [i for i, count in enumerate(counts) if count.min() >= min_events]
+    if fit:
+        return tried[min(fit, key=lambda i: (np.ptp(counts[i]), i))]
     result.notes.append(f"repeat {repeat} has the same folds as an earlier one: there are too few sites to vary them")
     return result
 

@@ -175,15 +175,16 @@ def test_curves_that_end_early(planted, tmp_path):
     assert _summary(found, "m", "auc")["n_missing"] == 0
 
 
-def test_a_skipped_patient_leaves_every_array(planted, tmp_path):
+@pytest.mark.parametrize("keys", [("clinical_cox", "abmil"), ("abmil", "clinical_cox")])
+def test_a_skipped_patient_leaves_every_array(planted, tmp_path, keys):
     """No row of zeros in its place (the fault behind inflated published values)."""
     gone = planted.ids[int(np.flatnonzero(planted.event == 1)[0])]
 
     def skip(table, repeat, fold):
         return table[table["patient_id"] != gone]
 
-    paths = planted.write(tmp_path, "all", planted.oracle, "clinical_cox")
-    paths += planted.write(tmp_path, "some", planted.oracle, change=skip)
+    paths = planted.write(tmp_path, "all", planted.oracle, keys[0])
+    paths += planted.write(tmp_path, "some", planted.oracle, keys[1], change=skip)
     with pytest.warns(
         MorphomeWarning, match=f"'some' did not score 1 patients that others did \\({gone}\\); they are left out"
     ):

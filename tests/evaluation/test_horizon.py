@@ -43,6 +43,12 @@ def test_every_limit_counts():
     )
 
 
+def test_at_the_horizon_itself():
+    """A death at τ is a case; a patient censored at τ is neither case nor control."""
+    row = horizon_table([10, 10, 11, 5], [1, 0, 0, 0], [np.arange(4)], [10.0])[0]
+    assert (row["cases"], row["controls"], row["censored_before"]) == (1, 1, 2)
+
+
 def test_none_passes():
     time, event, _ = _cohort(60)
     found = choose_horizon("auto", time, event, [np.arange(60)[k::3] for k in range(3)])

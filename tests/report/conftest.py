@@ -21,7 +21,7 @@ ROWS = {
     "random": ("random", [], 0.0),
     "clinical_cox": ("clinical_cox", ["clin"], 0.9),
     "mean_pool_cox": ("mean_pool_cox", ["path"], 0.5),
-    "coxnet_genes": ("coxnet_genes", ["omic_all"], 0.6),
+    "coxnet_genes": ("coxnet_genes", ["panels"], 0.6),
     "mome": ("mome", ["omic_groups", "path"], 1.0),
 }
 RUN = {"made": "by the factory"}
@@ -178,7 +178,7 @@ class Factory:
                 "slide_id": s,
                 "status": "failed" if bad else "ok",
                 "reason_code": "unreadable" if bad else "",
-                "reason": NASTY if bad else "",
+                "reason": f"slides/{s}.svs: {NASTY}\n  Remedy: fetch the file again" if bad else "",
                 "vendor": "aperio",
                 "width_px": 12000,
                 "height_px": 9600,
@@ -295,8 +295,8 @@ class Factory:
                         "morphome.run",
                         {
                             **extra,
-                            "settings": {},
-                            "training": {},
+                            "settings": {"panels": ["rna"]} if model == "coxnet_genes" else {},
+                            "training": {"time_bins": 4, "bin_edges": "horizon", "epoch_rule": "inner_best"},
                             "seed": 1,
                             "threads": 1,
                             "needs": needs,

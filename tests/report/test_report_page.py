@@ -14,8 +14,12 @@ import pytest
 from morphome.errors import MorphomeError
 from morphome.files import read_parquet
 from morphome.report import format as fmt
+from morphome.report import sections
 from morphome.report.build import run_report
+from morphome.report.inputs import load_report
 
+#: What the factory says about its failed slide: everything that breaks a page that forgets to escape.
+NASTY = """<script>alert("x")</script> 'unreadable' & cut off at 12 % "of" the file"""
 SECTIONS = ["verdict", "cohort", "splits", "models", "risk", "training", "slides", "times", "limits", "provenance"]
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
@@ -111,7 +115,7 @@ def test_everything_from_data_is_escaped(complete):
     for raw in ("<script", "<events>", "<control>", "<median>", "<cohort>", "<group>"):
         assert raw not in text
     assert "&lt;script&gt;" in text
-    assert next(a["alt"] for tag, a in page.tags if tag == "img" and "9999" in a["alt"]).endswith('"of" the file')
+    assert page.row("failed", "TCGA-AB-9999 DX1")[2].startswith(NASTY)
 
 
 def test_every_section_is_there_and_in_the_navigation(complete):
@@ -173,6 +177,34 @@ def test_flow_and_slides_csv(complete):
     assert "<script>" in slides.loc[slides["status"] == "failed", "reason"].iloc[0]
 
 
+def test_flow_diagram_shows_starts_losses_and_the_end(complete):
+    inputs, text, _, _ = complete
+    steps = [
+        ("listed in the clinical table", "patients", 9, 9),
+        ("with event status", "patients", 9, 9),
+        ("listed", "slides", 12, 12),
+        ("file found", "slides", 12, 12),
+        ("with age", "patients", 9, 9),
+        ("with a slide", "patients", 9, 8),
+        ("with time above zero", "patients", 8, 8),
+        ("slides with features", "slides", 12, 11),
+        ("patients with RNA", "patients", 8, 8),
+    ]
+    keys = ("name", "unit", "before", "after")
+    data = load_report(inputs)
+    flow = [dict(zip(keys, s, strict=True)) | {"excluded": ["x"] * (s[2] - s[3]), "reason": "why"} for s in steps]
+    boxes = sections.flow(dataclasses.replace(data, flow=flow))
+    found = [(b["kind"], b["n"], b["unit"], b["name"], b["checked"]) for b in boxes]
+    assert found == [
+        ("start", 9, "patients", "listed in the clinical table", ["event status", "age"]),
+        ("start", 12, "slides", "listed", ["file found"]),
+        ("loss", 8, "patients", "with a slide", ["time above zero"]),
+        ("loss", 11, "slides", "with features", []),
+        ("end", 40, "patients", f"analysed, {data.n_events} events", ["RNA"]),
+    ]
+    assert "checked: RNA; none left out" in text
+
+
 def test_all_promised_tables_are_written(complete):
     from morphome.paths import REPORT_TABLES
 
@@ -189,9 +221,14 @@ def test_reason_of_a_missing_metric_stands_below_the_table(complete):
 
 
 def test_failed_slide_is_named_with_its_reason(complete):
-    _, _, page, _ = complete
-    row = page.row("failed", "TCGA-AB-9999-01Z-00-DX1")
-    assert row[1] == "unreadable" and row[2].startswith('<script>alert("x")')
+    _, text, page, _ = complete
+    row = page.row("failed", "TCGA-AB-9999 DX1")
+    assert row[1] == "unreadable" and row[2] == f"{NASTY}Remedy: fetch the file again"
+    full = "TCGA-AB-9999-01Z-00-DX1"
+    assert ("span", full) in [(tag, a.get("title")) for tag, a in page.tags]
+    # Its grey picture is not shown: a card with the code is.
+    assert not any("9999" in a["alt"] for tag, a in page.tags if tag == "img")
+    assert '<div class="nopicture code">unreadable</div>' in text
 
 
 def test_no_p_values_with_one_partition(complete):

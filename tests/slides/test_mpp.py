@@ -85,7 +85,8 @@ def test_an_override_wins_over_every_source(synthetic):
 
 
 @pytest.mark.parametrize(("value", "power", "flagged"), [
-    (0.2325, 20, True), (0.16437, 40, True), (0.23, 40, False), (0.25, None, True), (0.286, 40, False), (0.29, 40, True),
+    (0.2325, 20, True), (0.16437, 40, True), (0.23, 40, False), (0.25, None, True), (0.286, 40, False),
+    (0.29, 40, True),
 ])  # fmt: skip
 def test_a_power_that_does_not_fit_is_flagged_and_kept(synthetic, value, power, flagged):
     audit = judge(synthetic, mpp(value, power=power))
@@ -122,13 +123,22 @@ def test_uneven_levels_are_flagged(synthetic):
     assert judge(synthetic, mpp(0.25, power=40), levels=((2000, 1000),)).flags == ["level_sizes"]
 
 
+_MIRAX = "mirax.LAYER_0_LEVEL_0_SECTION.MICROMETER_PER_PIXEL_"
+_DICOM = "dicom.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].PixelSpacing"
+_OME = '<OME><Pixels PhysicalSizeX="250" PhysicalSizeXUnit="nm" PhysicalSizeY="0.5"/></OME>'
+
+
+def tags(x, y, unit):
+    return {"tiff.XResolution": x, "tiff.YResolution": y, "tiff.ResolutionUnit": unit}
+
+
 @pytest.mark.parametrize(("properties", "name", "expected"), [
     ({"aperio.MPP": "0.2527"}, "aperio", (0.2527, 0.2527)),
-    ({"mirax.LAYER_0_LEVEL_0_SECTION.MICROMETER_PER_PIXEL_X": "0.23", "mirax.LAYER_0_LEVEL_0_SECTION.MICROMETER_PER_PIXEL_Y": "0.24"}, "mirax", (0.23, 0.24)),
-    ({"dicom.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].PixelSpacing[0]": "0.0005", "dicom.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].PixelSpacing[1]": "0.00025"}, "dicom", (0.25, 0.5)),
-    ({"tiff.ImageDescription": '<OME><Pixels PhysicalSizeX="250" PhysicalSizeXUnit="nm" PhysicalSizeY="0.5"/></OME>'}, "ome", (0.25, 0.5)),
-    ({"tiff.XResolution": "40000", "tiff.YResolution": "20000", "tiff.ResolutionUnit": "centimeter"}, "tiff_resolution", (0.25, 0.5)),
-    ({"tiff.XResolution": "72", "tiff.YResolution": "72", "tiff.ResolutionUnit": "inch"}, "tiff_resolution", (352.7777, 352.7777)),
+    ({_MIRAX + "X": "0.23", _MIRAX + "Y": "0.24"}, "mirax", (0.23, 0.24)),
+    ({_DICOM + "[0]": "0.0005", _DICOM + "[1]": "0.00025"}, "dicom", (0.25, 0.5)),
+    ({"tiff.ImageDescription": _OME}, "ome", (0.25, 0.5)),
+    (tags("40000", "20000", "centimeter"), "tiff_resolution", (0.25, 0.5)),
+    (tags("72", "72", "inch"), "tiff_resolution", (352.7777, 352.7777)),
 ])  # fmt: skip
 def test_each_source(properties, name, expected):
     found = mpp_sources(properties)

@@ -9,6 +9,7 @@ import pytest
 from morphome import survival
 from morphome.errors import MorphomeError
 from morphome.models.registry import MODELS
+from morphome.training import baselines
 from morphome.training.baselines import BASELINES, inner_cv_scores, inner_folds
 from morphome.training.data import Outcomes, load_fold
 from morphome.training.run import make_model
@@ -119,6 +120,18 @@ def test_coxnet_finds_the_planted_genes_and_ignores_constant_columns(planted, se
     assert history["chosen"].sum() == 1
     assert history.loc[history["chosen"], "inner_c"].item() == history["inner_c"].max()
     assert history["setting"].str.startswith("alpha=").all()
+
+
+def test_a_coxnet_without_any_gene_is_not_chosen(planted, settings_of, tmp_path, monkeypatch):
+    """The strongest penalty leaves no gene on all training patients; even the best inner score must not pick it."""
+
+    def best_at_the_strongest(data, folds, seed, n, score_fold):
+        return np.linspace(0.9, 0.5, n)
+
+    monkeypatch.setattr(baselines, "inner_cv_scores", best_at_the_strongest)
+    model, _fold, _ = fitted("coxnet_genes", planted(n=90), tmp_path, settings_of("coxnet_genes"))
+    assert model.arrays()["weights/coef"].any()
+    assert model.history["chosen"].to_numpy().argmax() > 0
 
 
 def test_mean_pool_caps_components_and_is_invariant_to_tile_order(planted, settings_of, tmp_path):

@@ -76,4 +76,4 @@ class Checkout:
             wildcards = re.search(r"^    wildcards: (.*)$", block, re.MULTILINE)
             values = [item.split("=", 1)[1] for item in wildcards[1].split(", ")] if wildcards else []
             found.add(" ".join([rule, *values]))
-        return found - {"all"}
+        return found - {"all", "default"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -160,13 +161,24 @@ def test_the_same_rules_run_in_conda_environments(repository, tmp_path):
     copy.configure()
     stand_in = Path(__file__).parent / "conda_stand_in" / "bin"
     log = tmp_path / "conda.log"
+    path = f"{stand_in}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = copy.snakemake(
         "--configfile", "small.yaml", "--use-conda", "results/small/cohort/patients.parquet",
-        environment={"PATH": f"{stand_in}:{os.environ['PATH']}", "CONDA_STAND_IN_LOG": str(log)},
+        environment={"PATH": path, "CONDA_STAND_IN_LOG": str(log)},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
     assert len(log.read_text().splitlines()) == 2  # slides.yaml and models.yaml, each made once
     assert (copy.folder / "results/small/cohort/patients.parquet").exists()
+
+
+def test_the_graph_of_the_readme_is_the_graph_of_the_rules(finished, repository):
+    """Every rule stands in it, and every arrow is one that Snakemake draws too."""
+    drawn = finished.snakemake("--rulegraph", "mermaid-js", "--configfile", "small.yaml").stdout
+    name = dict(re.findall(r"(id\d+)\[(\w+)\]", drawn))
+    arrows = {(name[a], name[b]) for a, b in re.findall(r"(id\d+) --> (id\d+)", drawn)}
+    shown = re.findall(r"^    (\w+) --> (\w+)$", (repository / "README.md").read_text(), re.MULTILINE)
+    assert {rule for arrow in shown for rule in arrow} == set(name.values()) - {"all", "default"}
+    assert set(shown) <= arrows
 
 
 def test_the_dag_is_built_with_nothing_but_snakemake(repository):

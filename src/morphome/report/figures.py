@@ -113,10 +113,24 @@ def kaplan_meier(
             level = np.r_[1.0, part["survival"]]
             n = int((people["high_risk"].astype(bool) == high).sum())
             low, up = np.r_[1.0, part["lower"]].astype(float), np.r_[1.0, part["upper"]].astype(float)
+            mine = people[people["high_risk"].astype(bool) == high]
+            members = np.sort(mine["time_months"].to_numpy())
+            # Faint from where fewer than the floor are left: there one patient moves the curve by a third or more.
+            floor = min(least_at_risk(len(people)), n)
+            until = members[n - floor] if n else 0.0
             axes.fill_between(time, low, up, step="post", color=colour, alpha=0.13, linewidth=0)
-            axes.step(
-                time, level, where="post", color=colour, linestyle=line, linewidth=1.8, label=f"{group} risk (n = {n})"
-            )
+            # Up to the last patient of the group, not only to the last event; the clipped axis ends it.
+            end = max(members[-1] if n else 0.0, time[-1])
+            time, level = np.r_[time, end], np.r_[level, level[-1]]
+            firm = time <= until
+            at = np.r_[time[firm], until], np.r_[level[firm], level[firm][-1]]
+            axes.step(*at, where="post", color=colour, linestyle=line, linewidth=1.8, label=f"{group} risk (n = {n})")
+            rest = np.r_[until, time[~firm]], np.r_[level[firm][-1], level[~firm]]
+            axes.step(*rest, where="post", color=colour, linestyle=line, linewidth=1.1, alpha=0.45)
+            if "event" in mine:
+                left = mine.loc[mine["event"].astype(int) == 0, "time_months"].to_numpy()
+                here = level[np.searchsorted(time, left, side="right") - 1]
+                axes.plot(left, here, "|", color=colour, markersize=5, markeredgewidth=0.9, alpha=0.8)
         axes.set(ylim=(0, 1.03), xlim=(0, longest), ylabel="Survival", xticks=ticks)
         axes.set_xlabel("Months")
         if axes.get_legend_handles_labels()[0]:
@@ -194,7 +208,7 @@ def training(runs: Sequence[Run], key: str, title: str, description: str) -> Mar
             )
         losses.plot([], [], color=GREY, label="training")
         losses.plot([], [], color=GREY, linestyle=(0, (3, 1.5)), label="inner validation")
-        losses.legend(loc="upper right")
+        losses.legend(loc="lower left", bbox_to_anchor=(-0.01, 0.99), ncols=2, borderaxespad=0.1)
         losses.set(xlabel="Epoch", ylabel="Loss")
         inner.axhline(0.5, color=GREY, linewidth=0.8, linestyle=":")
         inner.set(xlabel="Epoch", ylabel="C, inner validation")
@@ -202,7 +216,7 @@ def training(runs: Sequence[Run], key: str, title: str, description: str) -> Mar
             inner.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=2.6)
         for axes in (losses, inner):
             axes.xaxis.get_major_locator().set_params(integer=True)
-        figure.subplots_adjust(left=0.06, right=0.9 if few else 0.99, top=0.96, bottom=0.165, wspace=0.22)
+        figure.subplots_adjust(left=0.06, right=0.9 if few else 0.99, top=0.91, bottom=0.165, wspace=0.22)
         return to_svg(figure, key, title, description)
 
 

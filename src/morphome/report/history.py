@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from morphome.report import figures
+from morphome.report import figures, words
 from morphome.report import format as fmt
 from morphome.report.format import Column, View
 from morphome.report.inputs import ReportData, Run
@@ -23,12 +23,17 @@ def training(data: ReportData) -> dict[str, Any]:
         epochs = [r for r in runs if r.history["train_loss"].notna().any()]
         key = fmt.slug(name)
         if epochs:
-            picked = [f"fold {r.fold}: {_chosen(r)} ({len(r.history)} run)" for r in epochs]
-            text = f"{name}: chosen epoch {', '.join(picked)}" if len(epochs) <= 6 else f"{name}: {_epochs(epochs)}"
+            several = data.repeats > 1
+            picked = [
+                f"{f'repeat {r.repeat}, ' if several else ''}fold {r.fold}: {_chosen(r)} of {len(r.history)}"
+                for r in epochs
+            ]
+            text = f"{name}: chosen epoch: {'; '.join(picked)}" if len(epochs) <= 6 else f"{name}: {_epochs(epochs)}"
             curves.append(
                 {
                     "name": name,
                     "text": text,
+                    "how": how(epochs),
                     "figure": figures.training(epochs, f"train-{key}", f"Training of {name}", text),
                 }
             )
@@ -36,8 +41,9 @@ def training(data: ReportData) -> dict[str, Any]:
             picked = Counter(
                 str(s) for r in searched for s in r.history.loc[r.history["chosen"].astype(bool), "setting"]
             )
-            told = "; ".join(f"{s} ({n}x)" for s, n in sorted(picked.items(), key=lambda item: (-item[1], item[0]))[:5])
-            text = f"{name}: chosen {told}"
+            order = sorted(picked.items(), key=lambda item: (-item[1], item[0]))[:5]
+            told = "; ".join(words.tidy(s.replace("=", " = ")) + (f" ({n} runs)" if n > 1 else "") for s, n in order)
+            text = f"{name}: chosen {told}{_edge(searched)}"
             paths.append(
                 {
                     "name": name,
@@ -46,9 +52,58 @@ def training(data: ReportData) -> dict[str, Any]:
                 }
             )
         else:
-            fixed = sorted({str(s) for r in runs for s in r.history.get("setting", []) if s})
+            fixed = sorted({str(s).replace("=", " = ") for r in runs for s in r.history.get("setting", []) if s})
             silent.append(f"{name} ({', '.join(fixed)})" if fixed else name)
     return {"curves": curves, "paths": paths, "silent": silent}
+
+
+_EDGES = {
+    "quantile": "edges at quantiles of the training events",
+    "horizon": "last edge at the horizon",
+}
+_RULES = {"inner_best": "epoch with the best inner validation", "last": "last epoch"}
+_SAMPLERS = {"class_balanced": "patients drawn evenly over time bins and outcomes", "shuffle": ""}
+
+
+def how(runs: list[Run]) -> str:
+    """Time bins, inner validation and how the epoch was chosen, as far as the runs say; first run's settings."""
+    facts = runs[0].facts
+    given = facts.get("training") or {}
+    parts = []
+    bins, edges = given.get("time_bins"), given.get("bin_edges")
+    if bins is not None:
+        text = fmt.plural(int(bins), "time bin")
+        if isinstance(edges, str):
+            text += f", {_EDGES.get(edges, f'edges: {edges}')}"
+        elif isinstance(edges, (list, tuple)):
+            text += f", edges at {', '.join(f'{float(e):.3g}' for e in edges)} months"
+        parts.append(text)
+    inner, train = (sorted({int(r.facts[k]) for r in runs if r.facts.get(k)}) for k in ("n_inner", "n_train"))
+    if inner and train:
+        parts.append(f"{_range(inner)} patients of inner validation, {_range(train)} to train on")
+    rule = given.get("epoch_rule")
+    if rule is not None:
+        text = _RULES.get(rule, str(rule))
+        patience = given.get("patience")
+        parts.append(f"{text}, patience {patience}" if rule == "inner_best" and patience is not None else text)
+    sampler = given.get("sampler")
+    if sampler is not None and _SAMPLERS.get(sampler, sampler):
+        parts.append(_SAMPLERS.get(sampler, str(sampler)))
+    return "; ".join(parts)
+
+
+def _range(values: list[int]) -> str:
+    return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
+
+
+def _edge(runs: list[Run]) -> str:
+    """A warning where the setting chosen is the first or last that was tried: a better one may lie beyond."""
+    n = 0
+    for run in runs:
+        history = run.history.sort_values("epoch")
+        at = np.flatnonzero(history["chosen"].astype(bool))
+        n += bool(len(history) > 2 and len(at) and at[0] in (0, len(history) - 1))
+    return f"; at the edge of what was tried in {n} of {fmt.plural(len(runs), 'run')}" if n else ""
 
 
 def _chosen(run: Run) -> str:

@@ -70,7 +70,7 @@ class ReportData:
 
     config: dict[str, Any]
     flow: list[dict[str, Any]]
-    sources: list[str]
+    sources: list[Any]
     patients: pd.DataFrame
     audit: pd.DataFrame
     splits: pd.DataFrame
@@ -168,7 +168,7 @@ def load_report(inputs: ReportInputs) -> ReportData:
     return ReportData(
         config=dict(inputs.config),
         flow=_whole_flow(cohort.get("steps", []), analysis.get("steps", [])),
-        sources=[_as_text(s) for s in (analysis.get("sources") or cohort.get("sources") or [])],
+        sources=list(analysis.get("sources") or cohort.get("sources") or []),
         patients=table(inputs.patients, "morphome.analysis"),
         audit=table(inputs.audit, "morphome.slide_audit"),
         splits=table(inputs.splits, "morphome.splits"),
@@ -250,9 +250,3 @@ def routing_shares(rows: pd.DataFrame, history: pd.DataFrame, names: Sequence[st
 def _short(path: Path) -> str:
     """The last three parts of a path: enough to find the file, nothing about the machine."""
     return "/".join(Path(path).parts[-3:])
-
-
-def _as_text(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{k}: {v}" for k, v in value.items())
-    return str(value)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
 
 from morphome.report import format as fmt
-from morphome.report import tables
+from morphome.report import tables, words
 from morphome.report.inputs import ReportData
 
 #: Events per test fold below which results are hardly usable, and below which they are weak.
@@ -60,6 +61,16 @@ def _cohort_flags(data: ReportData) -> list[Flag]:
                 "serious" if d < 50 else "caution",
                 f"Few events ({d}): the standard error of a C-index is about "
                 f"{fmt.number(se, 2)}, so only differences much larger than that can be seen.",
+            )
+        )
+    analysed = set(data.patients["patient_id"].astype(str))
+    redacted = sorted({str(i) for s in data.sources if isinstance(s, dict) for i in s.get("redacted") or []} & analysed)
+    if redacted:
+        flags.append(
+            Flag(
+                "caution",
+                f"{fmt.plural(len(redacted), 'analysed patient')} marked as redacted by a table of the cohort: "
+                f"{fmt.listing(redacted, 6)}.",
             )
         )
     sites = data.patients["site"].value_counts()
@@ -195,24 +206,46 @@ def _model_flags(data: ReportData) -> list[Flag]:
         ceiling = (data.oracle or {}).get("oracle_c")
         if not fmt.is_missing(ceiling) and fmt.excludes(c.get("lower"), c.get("upper"), float(ceiling)) > 0:
             flags.append(Flag("serious", f"{name} lies above the oracle's C: look for a leak."))
-    gone = data.metrics[data.metrics["value"].isna()]
-    if len(gone):
-        reasons = fmt.listing(sorted({str(r) for r in gone["reason"] if r}), 4)
-        flags.append(
-            Flag(
-                "caution", f"{fmt.plural(len(gone), 'metric value')} of single folds could not be computed: {reasons}."
-            )
-        )
+    flags += _missing_values(data)
     for text, rows in _run_warnings(data).items():
         flags.append(Flag("note", f"{text} [{fmt.listing(rows, 3)}]"))
     return flags
 
 
+_LABEL = {"harrell_c": "C", "uno_c": "Uno's C", "auc": "AUC", "ibs": "IBS", "ipa": "IPA"}
+
+
+def _missing_values(data: ReportData) -> list[Flag]:
+    """Metrics that could not be computed in some fold: which, of which models, why. Said once per reason."""
+    gone = data.metrics[data.metrics["value"].isna()]
+    if data.horizon is None:  # said above, with its reason
+        gone = gone[gone["metric"] == "harrell_c"]
+    runs = data.repeats * data.folds
+    said: dict[tuple[str, ...], tuple[list[str], list[str]]] = {}
+    for (name, metric), part in gone.groupby(["name", "metric"], sort=False):
+        why = tuple(words.reasons(part, data.horizon)) or ("no reason given",)
+        names, metrics = said.setdefault((f"{len(part)} of {fmt.plural(runs, 'fold')}", *why), ([], []))
+        names += [name] if name not in names else []
+        metrics += [_LABEL.get(metric, str(metric))] if _LABEL.get(metric, str(metric)) not in metrics else []
+    return [
+        Flag(
+            "caution",
+            f"{words.listed(metrics)} of {words.listed(names)} could not be computed in {where}: {'; '.join(why)}.",
+        )
+        for (where, *why), (names, metrics) in said.items()
+    ]
+
+
 def _run_warnings(data: ReportData) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+    """Messages of the training runs; those that differ only in their numbers are one, with all the numbers."""
+    kinds: dict[str, tuple[list[str], list[str]]] = {}
     for run in data.runs:
         for text in run.facts.get("warnings") or []:
-            found.setdefault(str(text), []).append(f"{run.name}/r{run.repeat}/f{run.fold}")
+            text = re.sub(r" \(repeat \d+, fold \d+\)", "", str(text))
+            texts, rows = kinds.setdefault(words.shape(text), ([], []))
+            texts.append(text)
+            rows.append(f"{run.name}/r{run.repeat}/f{run.fold}")
+    found = {words.merged(texts): rows for texts, rows in kinds.values()}
     # Long lists of one-off messages bury the rest; the run.json files have them all.
     kept = dict(sorted(found.items(), key=lambda item: -len(item[1]))[:12])
     if len(found) > 12:

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
+from markupsafe import Markup
 
 from morphome import __version__
 from morphome.report import format as fmt
-from morphome.report import tables
+from morphome.report import tables, words
 from morphome.report.format import Column, View
 from morphome.report.inputs import ReportData, Thumbnail
 
@@ -27,22 +28,27 @@ MOST_AUDIT_ROWS = 2000
 def slides(data: ReportData, audit: pd.DataFrame) -> dict[str, Any]:
     """Gallery, failed slides and the audit of resolutions."""
     lost = tables.failed_slides(data)
-    bad = set(lost["slide_id"])
+    bad = dict(zip(lost["slide_id"], lost.itertuples(), strict=True))
+    names = words.slide_names(audit["slide_id"]) if "slide_id" in audit else {}
+    names = words.slide_names([*names, *(t.slide_id for t in data.thumbnails)])
     ok = [t for t in data.thumbnails if t.slide_id not in bad and t.qc.get("status") == "ok"]
     failed = [t for t in data.thumbnails if t.slide_id in bad or t.qc.get("status") != "ok"]
     # Evenly spread over the cohort, always the same.
     ok_shown = [ok[i] for i in np.unique(np.linspace(0, len(ok) - 1, min(MOST_OK, len(ok))).round().astype(int))]
     failures = View("failed", "Slides without features", [Column("Slide"), Column("Code"), Column("Reason")])
     for row in lost.itertuples():
-        failures.add([row.slide_id, row.reason_code, row.reason])
+        what, remedy = words.failure(row.reason, row.slide_id)
+        reason = Markup('{}<span class="remedy"><b>Remedy:</b> {}</span>').format(what, remedy) if remedy else what
+        failures.add([_slide(row.slide_id, names), row.reason_code, reason])
     return {
         "n": len(audit),
-        "ok": [_picture(t) for t in ok_shown],
+        "ok": [_picture(t, names) for t in ok_shown],
         "n_ok": len(ok),
-        "failed": [_picture(t) for t in failed[:MOST_FAILED]],
+        "failed": [_picture(t, names, bad.get(t.slide_id)) for t in failed[:MOST_FAILED]],
+        "n_pictures_failed": len(failed),
         "n_failed": len(lost),
         "failures": failures if len(lost) else None,
-        "audit": _audit(audit),
+        "audit": _audit(audit, names),
         "sources": _mpp_sources(audit),
     }
 
@@ -69,7 +75,7 @@ _AUDIT: dict[str, tuple[str, int | None]] = {
 }
 
 
-def _audit(audit: pd.DataFrame) -> View | None:
+def _audit(audit: pd.DataFrame, names: dict[str, str]) -> View | None:
     known = [c for c in _AUDIT if c in audit and not audit[c].map(fmt.is_missing).all()]
     if "slide_id" not in known:
         return None
@@ -84,6 +90,9 @@ def _audit(audit: pd.DataFrame) -> View | None:
         for column in known:
             digits = _AUDIT[column][1]
             value = row[column]
+            if column == "slide_id":
+                cells.append(_slide(value, names))
+                continue
             cells.append(("" if fmt.is_missing(value) else str(value)) if digits is None else fmt.number(value, digits))
         view.add(cells, "failed" if row.get("status", "ok") != "ok" else "")
     return view
@@ -96,20 +105,31 @@ def _mpp_sources(audit: pd.DataFrame) -> str:
     return ", ".join(f"{source} ({n})" for source, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def _picture(thumbnail: Thumbnail) -> dict[str, Any]:
+def _slide(slide_id: Any, names: dict[str, str]) -> Any:
+    """Short name of a slide; the whole id shows when the pointer rests on it."""
+    short = names.get(str(slide_id), str(slide_id))
+    return short if short == slide_id else Markup('<span title="{}">{}</span>').format(slide_id, short)
+
+
+def _picture(thumbnail: Thumbnail, names: dict[str, str], lost: Any = None) -> dict[str, Any]:
+    """A card of the gallery: picture and facts; without a picture where the slide could not be tiled."""
     qc = thumbnail.qc
-    good = qc.get("status") == "ok"
+    tiled = qc.get("status") == "ok"
     text = (
         f"{fmt.count(qc.get('n_tiles'))} tiles, {fmt.number(qc.get('tissue_mm2'), 1)} mm² tissue, "
         f"{fmt.number(qc.get('mpp_x'), 3)} mpp"
-        if good
-        else str(qc.get("reason") or "failed")
+        if tiled
+        else "reason in the table above"
     )
+    if tiled and lost is not None:
+        text = f"tiled ({text}), then: {lost.reason_code or 'no features'}"
     return {
         "slide_id": thumbnail.slide_id,
+        "name": names.get(thumbnail.slide_id, thumbnail.slide_id),
         "text": text,
-        "uri": _data_uri(thumbnail.jpg),
-        "code": qc.get("reason_code") or "",
+        "tiled": tiled,
+        "uri": _data_uri(thumbnail.jpg) if tiled else None,
+        "code": str(qc.get("reason_code") or "failed").replace("_", " "),
     }
 
 
@@ -207,7 +227,7 @@ def provenance(data: ReportData, settings_hash: str) -> dict[str, Any]:
         "fingerprints": sorted(prints),
         "encoder": "imported features" if features.get("source") == "external" else str(features.get("encoder", "")),
         "files": view,
-        "sources": data.sources,
+        "sources": [words.source(s) for s in data.sources],
         "groups": _groups(data),
         "config": yaml.safe_dump(
             json.loads(json.dumps(data.config, default=str)), sort_keys=False, allow_unicode=True, width=100

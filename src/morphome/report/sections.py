@@ -7,33 +7,50 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
-from morphome.report import figures, marks, tables
+from morphome.report import figures, marks, tables, words
 from morphome.report import format as fmt
 from morphome.report.format import Column, View
 from morphome.report.inputs import ReportData
 
 
 def flow(data: ReportData) -> list[dict[str, Any]]:
-    """Boxes of the flow diagram: a start per unit, then one per exclusion."""
+    """Boxes of the flow diagram: a start per unit, one per real loss, and the end.
+
+    Steps that left nobody out are named in ``checked`` of the box whose number they leave as it is: the last one of
+    their unit, or the end for the patients' steps that come last of all.
+    """
     boxes: list[dict[str, Any]] = []
-    unit_seen: set[str] = set()
-    for step, row in zip(data.flow, tables.flow(data).itertuples(), strict=True):
-        ids = [str(i) for i in step.get("excluded", [])]
-        boxes.append(
-            {
-                "name": row.step,
-                "unit": row.unit,
-                "start": None if row.unit in unit_seen else row.before,
-                "before": row.before,
-                "after": row.after,
-                "excluded": row.excluded,
-                "reason": row.reason,
-                "ids": ids[:40],
-                "more": max(0, len(ids) - 40),
-            }
-        )
-        unit_seen.add(row.unit)
-    return boxes
+    started: set[str] = set()
+    end = _box("end", "patients", data.n_patients, f"analysed, {fmt.plural(data.n_events, 'event')}")
+    steps = list(zip(data.flow, tables.flow(data).itertuples(), strict=True))
+    # The steps from here on are of patients and left nobody out.
+    closing = 1 + max((i for i, (_, r) in enumerate(steps) if r.unit != "patients" or r.excluded), default=-1)
+    for number, (step, row) in enumerate(steps):
+        listing = not row.excluded and str(row.step).startswith("listed")
+        if row.unit not in started:
+            started.add(row.unit)
+            name = str(row.step) if listing and row.step != "listed" else "listed"
+            boxes.append(_box("start", row.unit, row.before, name))
+            if listing:
+                continue
+        if row.excluded:
+            ids = [str(i) for i in step.get("excluded", [])]
+            name = str(row.step).removeprefix(f"{row.unit} ")
+            boxes.append(
+                _box("loss", row.unit, row.after, name)
+                | {"before": row.before, "excluded": row.excluded, "reason": words.codes(row.reason)}
+                | {"ids": ids[:40], "more": max(0, len(ids) - 40)}
+            )
+            continue
+        last = next(box for box in reversed(boxes) if box["unit"] == row.unit)
+        if row.unit == "patients" and last is not boxes[-1] and number >= closing:
+            last = end
+        last["checked"].append(words.check(row.step, row.unit))
+    return [*boxes, end]
+
+
+def _box(kind: str, unit: str, n: int, name: str) -> dict[str, Any]:
+    return {"kind": kind, "unit": unit, "n": n, "name": name, "checked": [], "excluded": 0, "ids": [], "more": 0}
 
 
 def baseline(data: ReportData, table: pd.DataFrame) -> View:
@@ -183,10 +200,10 @@ def models(data: ReportData, table: pd.DataFrame, paired: pd.DataFrame) -> dict[
         view.add(
             [
                 name,
-                row["sees"] or "nothing",
-                _metric(view, row, "harrell_c", 3),
+                _sees(row),
+                _metric(data, view, row, "harrell_c", 3),
                 plot,
-                *(_metric(view, row, m, d) for m, d in (("uno_c", 3), ("auc", 3), ("ibs", 3), ("ipa", 2))),
+                *(_metric(data, view, row, m, d) for m, d in (("uno_c", 3), ("auc", 3), ("ibs", 3), ("ipa", 2))),
                 fmt.number(row["harrell_c_sd_folds"], 3),
                 Markup('{}<span class="sub">{}</span>').format(
                     fmt.brief(row["n_parameters"]), fmt.duration(row["train_seconds"])
@@ -203,11 +220,28 @@ def models(data: ReportData, table: pd.DataFrame, paired: pd.DataFrame) -> dict[
     }
 
 
-def _metric(view: View, row: pd.Series, metric: str, digits: int) -> Any:
+def _sees(row: pd.Series) -> Any:
+    """What a model sees, and below it which gene tables."""
+    kinds = row["sees"] or "nothing"
+    if not row["gene_tables"]:
+        return kinds
+    return Markup('{}<span class="sub">{}</span>').format(kinds, row["gene_tables"].replace(" + ", ", "))
+
+
+def _metric(data: ReportData, view: View, row: pd.Series, metric: str, digits: int) -> Any:
     """A cell of a metric: value and interval, with a note when something could not be computed."""
-    missing, note = row[f"{metric}_n_missing"], str(row[f"{metric}_reason"] or "")
-    if not note and not fmt.is_missing(missing) and missing > 0:
-        note = f"{fmt.plural(int(missing), 'fold')} without a value"
+    at = (data.metrics["name"] == row["name"]) & (data.metrics["metric"] == metric)
+    gone = data.metrics[at & data.metrics["value"].isna()]
+    whole = str(row[f"{metric}_reason"] or "")
+    parts = words.reasons(gone, data.horizon, int(at.sum()))
+    if parts:
+        # The summary names one reason of the folds and counts the rest; what it says on the interval is kept.
+        parts += [words.tidy(t) for t in whole.split("; ") if t.startswith("no interval: ")]
+    elif whole:
+        parts = [words.tidy(whole)]
+    elif not fmt.is_missing(row[f"{metric}_n_missing"]) and row[f"{metric}_n_missing"] > 0:
+        parts = [f"{fmt.plural(int(row[f'{metric}_n_missing']), 'fold')} without a value"]
+    note = "; ".join(parts)
     value = fmt.number(row[metric], digits)
     limits = fmt.interval(row[f"{metric}_lower"], row[f"{metric}_upper"], digits)
     cell = view.mark(value, note)
@@ -246,7 +280,7 @@ def _paired(paired: pd.DataFrame) -> View:
         view.add(
             [
                 name,
-                view.mark(text, row.reason),
+                view.mark(text, words.tidy(row.reason)),
                 plot,
                 fmt.number(row.detectable_delta_c, 2),
                 fmt.reading(row.lower, row.upper),
@@ -270,9 +304,8 @@ def _per_fold(data: ReportData, per_fold: pd.DataFrame) -> View | None:
         cells: list[Any] = [name]
         for key in keys:
             found = mine.loc[key] if key in mine.index else None
-            reason = (
-                "" if found is None or not fmt.is_missing(found["value"]) else str(found["reason"] or "no reason given")
-            )
+            gone = found is not None and fmt.is_missing(found["value"])
+            reason = words.tidy(found["reason"] or "no reason given") if gone else ""
             cells.append(view.mark(fmt.number(None if found is None else found["value"]), reason))
         view.add(cells)
     return view
@@ -302,7 +335,7 @@ def risk(data: ReportData) -> list[dict[str, Any]]:
                 f"{fmt.number(facts['rmst_high_months'], 1)} high, {fmt.number(facts.get('rmst_low_months'), 1)} low"
             )
         if facts.get("reason"):
-            lines.append(str(facts["reason"]))
+            lines.append(words.tidy(facts["reason"]))
         if facts:
             lines.append(
                 f"events: {fmt.count(facts.get('events_high'))} high, {fmt.count(facts.get('events_low'))} low"

@@ -11,7 +11,13 @@ from morphome.report import format as fmt
 from morphome.report.inputs import ReportData
 
 METRICS = ("harrell_c", "uno_c", "auc", "ibs", "ipa")
-_NEEDS = {"clin": "clinical", "omic_groups": "genes", "omic_all": "genes", "path": "slides"}
+#: What a run may say that it needs, in a reader's words.
+_NEEDS = {
+    **dict.fromkeys(("clin", "clinical", "covariates"), "clinical"),
+    **dict.fromkeys(("omic_groups", "omic_all", "omics", "panels", "genes", "groups", "rna", "mut", "cnv"), "genes"),
+    **dict.fromkeys(("path", "slides", "wsi", "bags", "bag", "features"), "slides"),
+}
+PANELS = {"rna": "RNA", "mut": "mutations", "cnv": "copy number"}
 _ROMAN = {1: "I", 2: "II", 3: "III", 4: "IV"}
 
 #: Two-sided 5 %, power 80 %: detectable difference = 2.80 standard errors; a 95 % interval spans 2 x 1.96 of them.
@@ -28,6 +34,18 @@ def sees(data: ReportData, name: str) -> list[str]:
     )
 
 
+def panels(data: ReportData, name: str) -> list[str]:
+    """Molecular tables that a row's model reads, where the run or the gene groups name them."""
+    if "genes" not in sees(data, name):
+        return []
+    runs = data.runs_of(name)
+    found = set((runs[0].facts.get("settings") or {}).get("panels") or [])
+    if not found and "omic_groups" in runs[0].facts.get("needs", []):
+        columns = [c for group in ((data.groups or {}).get("groups") or {}).values() for c in group]
+        found = {c["panel"] for c in columns if isinstance(c, dict) and "panel" in c}
+    return [label for key, label in PANELS.items() if key in found] + sorted(found - set(PANELS))
+
+
 def model_table(data: ReportData) -> pd.DataFrame:
     """One row per model: every metric with its interval, spread over folds and reason, and what it cost."""
     rows = []
@@ -37,6 +55,7 @@ def model_table(data: ReportData) -> pd.DataFrame:
             "name": name,
             "model": data.model_of(name),
             "sees": " + ".join(sees(data, name)),
+            "gene_tables": " + ".join(panels(data, name)),
             "horizon_months": data.horizon,
         }
         for metric in METRICS:

@@ -146,10 +146,11 @@ class OpenSlideReader:
                 f"{error} ({_head(self._path)})",
                 "fetch the file again and compare its md5, or take the slide out of the sheet",
             ) from None
-        if region.getextrema()[3][0] == 255:
+        alpha = region.getchannel("A")
+        if alpha.getextrema()[0] == 255:
             return region.convert("RGB")
         white = Image.new("RGB", region.size, (255, 255, 255))
-        white.paste(region, mask=region.getchannel("A"))
+        white.paste(region, mask=alpha)
         return white
 
     def close(self) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from shapely import Geometry
 
 #: Otsu's threshold of the saturation (0 to 1) is held between these.
-SATURATION_FLOOR, SATURATION_CEILING = 0.06, 0.15
+SATURATION_FLOOR, SATURATION_CEILING = 0.06, 0.10
 #: A pixel whose darkest channel is above this is glass.
 NEAR_WHITE = 232
 #: Closing bridges gaps of up to twice this.

@@ -229,7 +229,11 @@ class CoxnetGenes(_Cox):
             return np.stack([design @ found[key] if key in found else empty for key in keys])
 
         scores = inner_cv_scores(data, self.settings["inner_folds"], self.seed, len(alphas), score_fold)
-        best = self._choose(scores, alphas, notes, fold.where)
+        # The largest penalties leave no gene in the fit on all training patients, although some entered in the
+        # smaller inner folds: an empty fit is no candidate, unless every fit is empty.
+        filled = np.array([coef.any() for _, coef in path])
+        candidates = np.where(filled, scores, np.nan) if filled.any() else scores
+        best = self._choose(candidates, alphas, notes, fold.where)
         self._finish(path[best][1], self._scaler.transform(values), data)
         self._record([f"alpha={a:.6g}" for a in alphas], scores, best, clock.perf_counter() - start)
 

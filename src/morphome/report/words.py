@@ -1,0 +1,167 @@
+"""Technical texts of the files in a reader's words: reasons, remedies, slide names, steps, sources.
+
+Nothing is invented here: numbers are rounded, equal texts are said once, names are shortened where they stay unique.
+The files and the CSV tables keep the originals.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from morphome.report import format as fmt
+
+#: A decimal number that stands alone, not a part of a name or a version.
+_DECIMAL = re.compile(r"(?<![\w.])\d+\.\d+(?:e[+-]?\d+)?(?![\w.])")
+_NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?:e[+-]?\d+)?(?![\w.])")
+_UNIDENTIFIED = re.compile(r"survival is not identified from (\S+) on")
+#: Barcode of a TCGA slide: patient, sample, portion, slide, and the file's UUID.
+_TCGA_SLIDE = re.compile(r"(TCGA-\w{2}-\w{4})-(\d{2}[A-Z]?)-\w{2}-([A-Z]{2}\w*)(?:\.[0-9A-Fa-f-]{36})?")
+
+
+def tidy(text: Any) -> str:
+    """A text with its decimal numbers rounded to three digits."""
+    return _DECIMAL.sub(lambda m: f"{float(m[0]):.3g}" if float(m[0]) < 1000 else f"{float(m[0]):.0f}", str(text))
+
+
+def slide_names(ids: Iterable[str]) -> dict[str, str]:
+    """Short names: ``TCGA-0A-S18A-01Z-00-DX1.<uuid>`` becomes ``TCGA-0A-S18A DX1``.
+
+    A name that two slides would share, and any other id, stays as it is.
+    """
+    ids = list(dict.fromkeys(str(i) for i in ids))
+    short = {i: f"{m[1]} {m[3]}" if (m := _TCGA_SLIDE.fullmatch(i)) else i for i in ids}
+    taken = Counter(short.values())
+    return {i: name if taken[name] == 1 else i for i, name in short.items()}
+
+
+def failure(reason: Any, slide_id: str) -> tuple[str, str]:
+    """``(what happened, remedy)`` of a failed slide; the path of the slide itself is left out of the first."""
+    what, _, remedy = str(reason).partition("Remedy:")
+    start = re.match(r"\s*(\S+): ", what)
+    if start and str(slide_id) and re.split(r"[\\/]", start[1])[-1].startswith(str(slide_id)):
+        what = what[start.end() :]
+    return " ".join(what.split()), " ".join(remedy.split())
+
+
+def reasons(rows: pd.DataFrame, horizon: float | None, folds: int | None = None) -> list[str]:
+    """Why values of single folds are missing, each kind of reason once.
+
+    Args:
+        rows: ``repeat, fold, reason`` of the missing values; several metrics of one fold may be among them.
+        horizon: months.
+        folds: of how many folds; given, a reason that holds for only some of them says so.
+    """
+    kinds: dict[str, list[tuple[tuple[int, int], str]]] = {}
+    rows = rows[rows["reason"].astype(str) != ""]
+    for row in rows.sort_values(["repeat", "fold"], kind="stable").itertuples():
+        kinds.setdefault(shape(row.reason), []).append(((row.repeat, row.fold), str(row.reason)))
+    found = []
+    for told in kinds.values():
+        per_fold = list({key: text for key, text in told}.items())
+        texts = [text for _, text in per_fold]
+        unidentified = _UNIDENTIFIED.fullmatch(texts[0])
+        if unidentified:
+            until = f"; the horizon is {fmt.months(horizon)}" if horizon is not None else ""
+            starts = [_UNIDENTIFIED.fullmatch(t)[1] for t in texts]
+            text = f"the model gives no survival probability after month {_values(starts, per_fold)}{until}"
+        else:
+            text = merged(texts)
+        if folds is not None and len(per_fold) < folds:
+            text = f"missing in {len(per_fold)} of {folds} folds: {text}"
+        found.append(text)
+    return found
+
+
+def _values(values: Sequence[str], per_fold: Sequence[tuple[tuple[int, int], str]]) -> str:
+    """``16.9, 16.4 and 22.4 (folds 0, 1 and 2)``, or a range when they are many."""
+    try:
+        numbers = [float(v) for v in values]
+    except ValueError:
+        return listed(list(dict.fromkeys(values)))
+    if len(set(numbers)) == 1:
+        return f"{numbers[0]:.3g}"
+    if len(numbers) > 5:
+        return f"{min(numbers):.3g} to {max(numbers):.3g} ({len(numbers)} folds)"
+    several = len({repeat for (repeat, _), _ in per_fold}) > 1
+    names = [f"r{repeat} f{fold}" if several else str(fold) for (repeat, fold), _ in per_fold]
+    return f"{listed([f'{n:.3g}' for n in numbers])} (folds {listed(names)})"
+
+
+def shape(text: Any) -> str:
+    """A text without its numbers: two texts of one shape differ in their numbers only."""
+    return _NUMBER.sub("#", str(text))
+
+
+def merged(texts: Sequence[str]) -> str:
+    """Texts that differ in their numbers only, as one text."""
+    columns = list(zip(*(_NUMBER.findall(t) for t in texts), strict=True))
+    shown = []
+    for values in columns:
+        numbers = sorted({float(v) for v in values})
+        if len(numbers) <= 4:
+            shown.append(listed([tidy(v) for v in sorted(set(values), key=float)]))
+        else:
+            shown.append(f"{numbers[0]:g} to {numbers[-1]:g}")
+    at = iter(shown)
+    return tidy(_NUMBER.sub(lambda _: next(at), texts[0]))
+
+
+def listed(items: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    items = list(items)
+    return f"{', '.join(items[:-1])} and {items[-1]}" if len(items) > 1 else "".join(items)
+
+
+def check(name: str, unit: str) -> str:
+    """What a step of the flow asked for: ``with event status`` becomes ``event status``."""
+    name = re.sub(rf"^{re.escape(unit)} ", "", str(name))
+    return re.sub(r"^with (an? )?", "", name)
+
+
+def codes(reason: Any) -> str:
+    """A count of reason codes, ``no_features: 3``, without underscores; any other text as it is."""
+    text = str(reason)
+    return text.replace("_", " ") if re.fullmatch(r"\w+: \d+([,;] \w+: \d+)*", text) else text
+
+
+def source(given: Any) -> str:
+    """One source of the cohort: role, file and format first, then what it held; what is empty is left out."""
+    if not isinstance(given, Mapping):
+        return str(given)
+    rest = {k: v for k, v in given.items() if k not in {"role", "path", "format"} and not _empty(v)}
+    head = str(given.get("path", "")) + (f" ({given['format']})" if given.get("format") else "")
+    if given.get("role"):
+        head = f"{given['role']}: {head}"
+    return "; ".join([head, *(_held(k, v) for k, v in rest.items())])
+
+
+def _held(key: Any, value: Any) -> str:
+    name = str(key).replace("_", " ")
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return f"{fmt.count(value) if float(value).is_integer() else tidy(value)} {name}"
+    return f"{name}: {_inside(value)}"
+
+
+def _inside(value: Any) -> str:
+    if isinstance(value, Mapping):
+        parts = [
+            f"{k} ({_inside(v)})" if isinstance(v, Mapping) else f"{k} {_inside(v)}"
+            for k, v in value.items()
+            if not _empty(v)
+        ]
+        return ", ".join(parts)
+    if isinstance(value, (list, tuple)):
+        return fmt.listing(value, 10)
+    return str(value)
+
+
+def _empty(value: Any) -> bool:
+    """Nothing to tell: None, no text, 0, and collections of nothing else."""
+    if isinstance(value, Mapping):
+        return all(_empty(v) for v in value.values())
+    return value is None or value == "" or value == 0 or (isinstance(value, (list, tuple)) and not value)
