@@ -70,10 +70,6 @@ class Checkout:
         """What a dry run would do: ``{"train mome 0 1", "report", ...}`` (rule and wildcards)."""
         done = self.snakemake("-n", "--configfile", "small.yaml", *arguments)
         assert done.returncode == 0, done.stdout
-        found = set()
-        for block in re.split(r"\n(?=(?:local)?rule \w+:)", done.stdout)[1:]:
-            rule = re.match(r"(?:local)?rule (\w+):", block)[1]
-            wildcards = re.search(r"^    wildcards: (.*)$", block, re.MULTILINE)
-            values = [item.split("=", 1)[1] for item in wildcards[1].split(", ")] if wildcards else []
-            found.add(" ".join([rule, *values]))
-        return found - {"all", "default"}
+        # The rules' messages: "tile SLIDE", "train MODEL, repeat R, fold F", "report: what it does".
+        said = re.findall(r"^Job \d+: (.*)$", done.stdout, re.MULTILINE)
+        return {re.sub(r", repeat (\d+), fold (\d+)$", r" \1 \2", text).split(":")[0] for text in said}

@@ -12,6 +12,8 @@ if "simulate" in CONFIG:
         params:
             key=key_of("simulate"),
             code=code_hash("simulate"),
+        message:
+            "simulate: the planted cohort"
         shell:
             "morphome simulate > {log:q} 2>&1"
 
@@ -35,6 +37,8 @@ rule cohort:
     params:
         key=key_of("cohort"),
         code=code_hash("cohort"),
+    message:
+        "cohort: patients, slides and end point"
     shell:
         "morphome cohort > {log:q} 2>&1"
 
@@ -53,5 +57,7 @@ rule genes:
     params:
         key=key_of("genes"),
         code=code_hash("genes"),
+    message:
+        "genes: molecular tables and gene groups"
     shell:
         "morphome genes > {log:q} 2>&1"

@@ -17,6 +17,8 @@ rule assemble:
     params:
         key=key_of("assemble"),
         code=code_hash("assemble"),
+    message:
+        "assemble: who is analysed"
     shell:
         "morphome assemble > {log:q} 2>&1"
 
@@ -37,6 +39,8 @@ rule split:
     params:
         key=key_of("split"),
         code=code_hash("split"),
+    message:
+        "split: folds and horizon"
     shell:
         "morphome split > {log:q} 2>&1"
 
@@ -61,6 +65,8 @@ rule train:
     params:
         key=key_of("train"),
         code=code_hash("train"),
+    message:
+        "train {wildcards.model}, repeat {wildcards.repeat}, fold {wildcards.fold}"
     shell:
         "morphome train --model {wildcards.model:q} --repeat {wildcards.repeat}"
         " --fold {wildcards.fold} --threads {threads} > {log:q} 2>&1"

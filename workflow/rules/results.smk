@@ -15,6 +15,8 @@ rule evaluate:
     params:
         key=key_of("evaluate"),
         code=code_hash("evaluate"),
+    message:
+        "evaluate: all models"
     shell:
         "morphome evaluate > {log:q} 2>&1"
 
@@ -48,5 +50,7 @@ rule report:
     params:
         key=key_of("report"),
         code=code_hash("report"),
+    message:
+        "report: the page and its tables"
     shell:
         "morphome report > {log:q} 2>&1"

@@ -16,6 +16,8 @@ rule tile:
     params:
         key=key_of("tile"),
         code=code_hash("tile"),
+    message:
+        "tile {wildcards.slide}"
     shell:
         "morphome tile --slide {wildcards.slide:q} --path {input.slide:q} > {log:q} 2>&1"
 
@@ -37,6 +39,8 @@ rule encode:
     params:
         key=key_of("encode"),
         code=code_hash("encode"),
+    message:
+        "encode {wildcards.slide}"
     shell:
         "morphome encode --slide {wildcards.slide:q} --path {input.slide:q} > {log:q} 2>&1"
 
@@ -59,6 +63,8 @@ if CONFIG["features"]["source"] == "external":
         params:
             key=key_of("import"),
             code=code_hash("import"),
+        message:
+            "import_features: index of features made elsewhere"
         shell:
             "morphome collect > {log:q} 2>&1"
 
@@ -80,5 +86,7 @@ else:
         params:
             key=key_of("collect"),
             code=code_hash("collect"),
+        message:
+            "collect: index of all features"
         shell:
             "morphome collect > {log:q} 2>&1"
