@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 # Before numpy or torch start their thread pools: several test processes on few cores slow one another down.
@@ -27,3 +28,18 @@ def shared_data() -> Path:
     if not (folder / "README.md").exists():
         pytest.skip(f"real data not present ({folder})")
     return folder
+
+
+@pytest.fixture(scope="session")
+def synthetic():
+    """The module ``tests/slides/synthetic.py``: paints and writes small slides, holds small settings."""
+    spec = importlib.util.spec_from_file_location("synthetic", ROOT / "tests" / "slides" / "synthetic.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def painted(synthetic):
+    """One painted image, uint8 (760, 1000, 3)."""
+    return synthetic.paint()

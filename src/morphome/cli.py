@@ -70,6 +70,22 @@ class Run:
         return self.made(self.paths.slides, "morphome.slides", "cohort")
 
     @property
+    def flow(self) -> Path:
+        return self.made(self.paths.cohort_flow, "morphome.flow", "cohort")
+
+    @property
+    def groups(self) -> Path | None:
+        return self.paths.groups and self.made(self.paths.groups, "morphome.groups", "genes")
+
+    @property
+    def splits(self) -> Path:
+        return self.made(self.paths.splits, "morphome.splits", "split")
+
+    @property
+    def split_facts(self) -> Path:
+        return self.made(self.paths.split_facts, "morphome.split_facts", "split")
+
+    @property
     def analysis(self) -> Path:
         return self.made(self.paths.analysis, "morphome.analysis", "assemble")
 
@@ -218,7 +234,7 @@ def assemble(config: Config = DEFAULT) -> None:
         settings=run.settings("assemble"),
         patients=run.patients,
         slides=run.slides,
-        flow=run.made(run.paths.cohort_flow, "morphome.flow", "cohort"),
+        flow=run.flow,
         index=run.index,
         panels=run.panels,
         patients_out=run.paths.analysis,
@@ -260,9 +276,9 @@ def train(
         patients=run.analysis,
         index=run.index,
         panels=run.panels,
-        groups=run.paths.groups and run.made(run.paths.groups, "morphome.groups", "genes"),
-        splits=run.made(run.paths.splits, "morphome.splits", "split"),
-        split_facts=run.made(run.paths.split_facts, "morphome.split_facts", "split"),
+        groups=run.groups,
+        splits=run.splits,
+        split_facts=run.split_facts,
         name=model,
         repeat=repeat,
         fold=fold,
@@ -283,7 +299,7 @@ def evaluate(config: Config = DEFAULT) -> None:
             run.made(folder / "predictions.parquet", "morphome.predictions", "train", model=name)
             for name, folder in run_folders(run.config)
         ],
-        split_facts=run.made(run.paths.split_facts, "morphome.split_facts", "split"),
+        split_facts=run.split_facts,
         out=run.paths.evaluation,
     )
 
@@ -296,20 +312,27 @@ def report(config: Config = DEFAULT) -> None:
 
     run = Run(config)
     paths = run.paths
-    ids = [] if run.external else list(slide_paths(run.config))
+    ids = list(slide_paths(run.config))
+    for table in paths.evaluation_tables:
+        run.made(table, f"morphome.{table.stem}", "evaluate")
+    for name, folder in run_folders(run.config):
+        run.made(folder / "run.json", "morphome.run", "train", model=name)
     inputs = ReportInputs(
-        cohort_flow=paths.cohort_flow,
-        analysis_flow=paths.analysis_flow,
+        cohort_flow=run.flow,
+        analysis_flow=run.made(paths.analysis_flow, "morphome.flow", "assemble"),
         patients=run.analysis,
-        audit=paths.audit,
-        thumbnails=[(s, paths.tiles(s).thumbnail, paths.tiles(s).qc) for s in ids],
-        timings=[paths.timing(s) for s in ids],
-        splits=paths.splits,
-        split_facts=paths.split_facts,
+        audit=run.made(paths.audit, "morphome.slide_audit", "import" if run.external else "collect"),
+        thumbnails=[
+            (s, paths.tiles(s).thumbnail, run.made(paths.tiles(s).qc, "morphome.slide_qc", "tile", slide=s))
+            for s in ids
+        ],
+        timings=[run.made(paths.timing(s), "morphome.timing", "encode", slide=s) for s in ids],
+        splits=run.splits,
+        split_facts=run.split_facts,
         evaluation=paths.evaluation,
         runs=[folder for _, folder in run_folders(run.config)],
-        groups=paths.groups,
-        oracle=paths.oracle if "simulate" in run.config else None,
+        groups=run.groups,
+        oracle=run.made(paths.oracle, "morphome.oracle", "simulate") if "simulate" in run.config else None,
         config=run.config,
     )
     run_report(settings=run.settings("report"), inputs=inputs, out=paths.report.parent)

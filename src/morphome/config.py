@@ -17,12 +17,9 @@ import jsonschema
 import yaml
 
 from morphome.errors import MorphomeError
-from morphome.paths import Paths
+from morphome.paths import PANELS, Paths
 
 SCHEMA_PATH = Path(__file__).parent / "schemas" / "config.schema.yaml"
-
-#: Models that need a bag of every patient.
-_SEE_SLIDES = ("mean_pool_cox", "abmil", "mome")
 
 
 @functools.cache
@@ -157,7 +154,7 @@ def _contradictions(full: Mapping[str, Any]) -> list[str]:
     needs_sheet = full["features"]["source"] == "encode"
     if needs_sheet and "sheet" not in full["slides"]:
         problems.append("slides.sheet: needed to encode slides. Remedy: a TSV with slide_id, patient_id, path")
-    for panel in ("rna", "mut", "cnv"):
+    for panel in PANELS:
         table = molecular.get(panel)
         if not table:
             continue
@@ -183,26 +180,20 @@ def _contradictions(full: Mapping[str, Any]) -> list[str]:
     if "simulate" in full and full["simulate"]["tiles_min"] > full["simulate"]["tiles_max"]:
         problems.append("simulate.tiles_min: larger than simulate.tiles_max. Remedy: swap them")
     for name, entry in full["models"].items():
-        if entry["model"] in _SEE_SLIDES and "wsi" not in full["cohort"]["require"]:
+        needs = schema()["$defs"]["models"][entry["model"]]["needs"]
+        if "path" in needs and "wsi" not in full["cohort"]["require"]:
             problems.append(
                 f"models.{name}: sees slides, but cohort.require does not list 'wsi'. "
                 "Remedy: add 'wsi' to cohort.require or take the model out"
             )
-        for need in _model_needs(entry):
+        tables = list(entry["settings"]["panels"]) if "panels" in needs else []
+        for need in [*tables, *(["groups"] if "omic_groups" in needs else [])]:
             if need not in molecular:
                 problems.append(
                     f"models.{name}: needs molecular.{need}, which is not configured. "
                     f"Remedy: add molecular.{need} or take the model out"
                 )
     return problems
-
-
-def _model_needs(entry: Mapping[str, Any]) -> list[str]:
-    if entry["model"] == "mome":
-        return ["groups"]
-    if entry["model"] == "coxnet_genes":
-        return list(entry["settings"]["panels"])
-    return []
 
 
 def named_files(full: Mapping[str, Any]) -> dict[str, Path]:
@@ -216,7 +207,7 @@ def named_files(full: Mapping[str, Any]) -> dict[str, Path]:
         "splits.folder": full["splits"].get("folder") if full["splits"]["scheme"] == "published" else None,
         "molecular.sheet": full["molecular"].get("sheet"),
     }
-    for part in ("rna", "mut", "cnv", "groups"):
+    for part in (*PANELS, "groups"):
         named[f"molecular.{part}.path"] = full["molecular"].get(part, {}).get("path")
     return {key: Path(value) for key, value in named.items() if value}
 

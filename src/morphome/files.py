@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 #: Newest version of each format that this code writes and reads. Older ones must still open.
 FORMAT_VERSION = 1
 _PARQUET_KEY = b"morphome"
+_MAKE_AGAIN = "delete the file and run the step that makes it again"
 
 
 def settings_hash(settings: Mapping[str, Any]) -> str:
@@ -107,6 +108,8 @@ def read_json(path: Path, format_name: str, settings: Mapping[str, Any] | None =
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise _missing(path, format_name) from None
+    except json.JSONDecodeError as error:
+        raise MorphomeError(f"{path}: not valid JSON ({error})", _MAKE_AGAIN) from None
     check_stamp(content.get("stamp", {}), path, format_name, settings)
     return content
 
@@ -140,9 +143,13 @@ def write_parquet(
 
 def parquet_meta(path: Path) -> dict[str, Any]:
     """``{"stamp": …, **extra}`` of a table written by :func:`write_parquet`; empty for foreign files."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    raw = (pq.read_schema(path).metadata or {}).get(_PARQUET_KEY)
+    try:
+        raw = (pq.read_schema(path).metadata or {}).get(_PARQUET_KEY)
+    except pa.ArrowInvalid as error:
+        raise MorphomeError(f"{path}: not a readable Parquet file ({error})", _MAKE_AGAIN) from None
     return json.loads(raw) if raw else {}
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 
 from morphome.errors import MorphomeError, MorphomeWarning
-from morphome.evaluation.horizon import choose_horizon
 from morphome.files import read_parquet, write_json, write_parquet
+from morphome.horizon import choose_horizon
 from morphome.split_schemes import (
     Inner,
     inner_by_patient,

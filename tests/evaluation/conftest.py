@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from morphome.evaluation.metrics import FoldData
+from morphome.evaluation.metrics import FoldPredictions
 from morphome.files import write_json, write_parquet
 
 
@@ -63,12 +63,12 @@ class Planted:
         role[np.flatnonzero(role == "train")[::5]] = "inner_val"
         return role
 
-    def data(self, model: Callable, repeat: int = 0, fold: int = 0) -> FoldData:
+    def data(self, model: Callable, repeat: int = 0, fold: int = 0) -> FoldPredictions:
         """The fold as the evaluation sees it."""
         role = self.role(repeat, fold)
         test, train = np.flatnonzero(role == "test"), np.flatnonzero(role != "test")
         risk, survival = model(test, train)
-        return FoldData(
+        return FoldPredictions(
             patient_id=self.ids[test], time=self.time[test], event=self.event[test].astype(bool), risk=risk,
             survival=survival, grid=self.grid, train_time=self.time[train], train_event=self.event[train].astype(bool),
             train_risk=model(train, train)[0], horizon=self.tau, horizon_reason="" if self.tau else "no horizon passes",

@@ -16,7 +16,7 @@ from morphome.evaluation.intervals import (
     percentile_interval,
     stratified_c,
 )
-from morphome.evaluation.metrics import FoldData, fold_metrics, pair_terms
+from morphome.evaluation.metrics import FoldPredictions, fold_metrics, pair_terms
 from morphome.survival import fit_cox_ridge, harrell
 
 #: Newer versions of pandas keep full precision by themselves.
@@ -29,10 +29,10 @@ def _published(path: Path) -> pd.DataFrame:
     return table
 
 
-def _fold(part: pd.DataFrame) -> FoldData:
+def _fold(part: pd.DataFrame) -> FoldPredictions:
     part = part.sort_values("case_id")
     n = len(part)
-    return FoldData(
+    return FoldPredictions(
         part["case_id"].to_numpy(), part["survival_months"].to_numpy(), part["event"].to_numpy().astype(bool),
         part["risk"].to_numpy(), np.full((n, 1), np.nan), np.array([1.0]), np.array([]), np.array([]),
         np.array([]), None,
@@ -109,7 +109,7 @@ def test_age_and_sex_on_published_folds(shared_data, cohort, value):
     assert stratified_c([folds])[0] == pytest.approx(value, abs=0.002)
 
 
-def _jackknife_se(a: list[FoldData], b: list[FoldData]) -> float:
+def _jackknife_se(a: list[FoldPredictions], b: list[FoldPredictions]) -> float:
     """Infinitesimal jackknife of a paired difference in stratified C."""
     excess, pairs, terms = 0.0, 0.0, []
     for fold_a, fold_b in zip(a, b, strict=True):

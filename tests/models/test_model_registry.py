@@ -42,9 +42,10 @@ def test_every_neural_model_has_a_small_size_here():
     assert set(SMALL) == set(registry.NEURAL)
 
 
-def test_registry_and_schema_name_the_same_models():
+def test_registry_and_schema_name_the_same_models_and_needs():
     schema = yaml.safe_load((files("morphome") / "schemas/config.schema.yaml").read_text())
-    assert set(registry.MODELS) == set(schema["$defs"]["models"])
+    needs = {key: frozenset(part["needs"]) for key, part in schema["$defs"]["models"].items()}
+    assert {key: row.needs for key, row in registry.MODELS.items()} == needs
     assert {key for key, row in registry.MODELS.items() if row.kind == "neural"} == set(registry.NEURAL)
 
 

@@ -19,7 +19,7 @@ HORIZON = 24.0
 NASTY = """<script>alert("x")</script> 'unreadable' & cut off at 12 % "of" the file"""
 ROWS = {
     "random": ("random", [], 0.0),
-    "clinical_cox": ("clinical_cox", ["clin"], 0.9),
+    "clinical_cox": ("clinical_cox", ["clinical"], 0.9),
     "mean_pool_cox": ("mean_pool_cox", ["path"], 0.5),
     "coxnet_genes": ("coxnet_genes", ["panels"], 0.6),
     "mome": ("mome", ["omic_groups", "path"], 1.0),
@@ -36,6 +36,9 @@ def _c(risk: np.ndarray, pairs: np.ndarray, weight: np.ndarray | None = None) ->
     good = (risk[:, None] > risk[None, :]) + 0.5 * (risk[:, None] == risk[None, :])
     both = np.outer(w, w) * pairs
     return float((both * good).sum() / both.sum())
+
+
+EXPERTS = ["TransFusion", "BottleneckTransFusion", "AddFusion", "DropX2Fusion"]
 
 
 class Factory:
@@ -289,6 +292,7 @@ class Factory:
                         "morphome.diagnostics",
                         self._diagnostics(model, fold, repeat, chosen),
                         **extra,
+                        experts=EXPERTS if model == "mome" else [],
                     )
                     self._json(
                         f"{folder}/run.json",

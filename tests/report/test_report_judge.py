@@ -150,11 +150,12 @@ def test_routing_shares_by_hand():
         {"epoch": 1, "layer": "p1", "patient_id": list("abcd"), "role": "test", "expert": [0, 0, 3, 0],
          "p0": [0.7, 0.6, 0.1, 0.6], "p1": 0.1, "p2": 0.1, "p3": [0.1, 0.2, 0.7, 0.2], "entropy": [1.0, 1.0, 1.0, 1.4]}
     )  # fmt: skip
-    table = routing_shares(rows, pd.DataFrame({"epoch": [0, 1], "chosen": [False, True]}))
+    names = ["TransFusion", "BottleneckTransFusion", "AddFusion", "DropX2Fusion"]
+    table = routing_shares(rows, pd.DataFrame({"epoch": [0, 1], "chosen": [False, True]}), names)
     assert table["share"].tolist() == [0.75, 0, 0, 0.25] and table["chosen"].all()
     assert table["probability"].tolist() == pytest.approx([0.5, 0.1, 0.1, 0.3])
     assert table["entropy"].iloc[0] == pytest.approx(1.1) and (table["n"] == 4).all()
-    assert table["name"].tolist() == ["TransFusion", "BottleneckTransFusion", "AddFusion", "DropX2Fusion"]
+    assert table["name"].tolist() == names
 
 
 @pytest.mark.parametrize(

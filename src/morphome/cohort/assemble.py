@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
+from morphome.cohort.clinical import flow_step
 from morphome.errors import MorphomeError
 from morphome.files import read_json, read_parquet, write_json, write_parquet
 
@@ -52,7 +51,7 @@ def run_assemble(
     lost = joined[joined["status"] != "ok"]
     if len(joined):
         steps.append(
-            _step(
+            flow_step(
                 "slides with features",
                 "slides",
                 len(joined),
@@ -86,7 +85,7 @@ def run_assemble(
     for need in settings["cohort"]["require"]:
         has = table[f"has_{need}"]
         steps.append(
-            _step(
+            flow_step(
                 f"patients with {_MODALITY[need]}",
                 "patients",
                 len(table),
@@ -112,15 +111,3 @@ def run_assemble(
         "morphome.flow",
         settings,
     )
-
-
-def _step(name: str, unit: str, before: int, lost: pd.Series, reason: str) -> dict[str, Any]:
-    excluded = sorted(lost)
-    return {
-        "name": name,
-        "unit": unit,
-        "before": before,
-        "after": before - len(excluded),
-        "excluded": excluded,
-        "reason": reason,
-    }

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from morphome.cohort.design import PROJECT, Design, made_up_number, made_up_uuid
 from morphome.cohort.gene_families import MUTATION_FREQUENCY, choose_genes, signal_genes, words
 from morphome.cohort.outcome_model import Outcomes
+from morphome.cohort.values import DAYS_PER_YEAR
 
 MISSING = "'--"
 #: Loading of the signal genes on z2 and the spread of one unit of latent expression in log counts.
@@ -71,7 +72,7 @@ def clinical_tsv(design: Design, outcomes: Outcomes, seed: int) -> str:
     both = (outcomes.z1 + outcomes.z2) / np.sqrt(2.4)
     stage = np.digitize(both + 1.15 * rng.standard_normal(count), (-0.9, 0.1, 1.2))
     grade = 1 + np.digitize(outcomes.z1 + 1.3 * rng.standard_normal(count), (-0.7, 0.9))
-    age = np.clip(63 + 10 * (0.25 * both + 0.97 * rng.standard_normal(count)), 24, 89.9) * 365.25
+    age = np.clip(63 + 10 * (0.25 * both + 0.97 * rng.standard_normal(count)), 24, 89.9) * DAYS_PER_YEAR
     age_days = np.rint(age).astype(int)
     male = rng.random(count) < 0.6
     gaps = rng.choice(count, 2, replace=False)
@@ -110,7 +111,7 @@ def _case(patient: str, seed: int, age_days: int, male: bool) -> dict[str, str]:
         "case_id": made_up_uuid(seed, "case", patient),
         "case_submitter_id": patient,
         "project_id": PROJECT,
-        "age_at_index": str(int(age_days / 365.25)),
+        "age_at_index": str(int(age_days / DAYS_PER_YEAR)),
         "days_to_birth": str(-age_days),
         "age_at_diagnosis": str(age_days),
         "gender": "male" if male else "female",
@@ -196,10 +197,7 @@ def masked_mafs(design: Design, outcomes: Outcomes, genes: Sequence[Gene], seed:
         odds = frequency / (1 - frequency) * np.exp(0.2 * outcomes.z2[i])
         hits = np.flatnonzero(rng.random(len(genes)) < odds / (1 + odds))
         effects = rng.choice(len(_EFFECTS), hits.size, p=_EFFECT_SHARES)
-        rows = [
-            _maf_row(genes[hit], _EFFECTS[effect], patient, seed, rng)
-            for hit, effect in zip(hits, effects, strict=True)
-        ]
+        rows = [_maf_row(genes[hit], _EFFECTS[effect], patient, rng) for hit, effect in zip(hits, effects, strict=True)]
         if patient in has_file:
             yield patient, _maf_bytes([] if patient in design.empty_maf else rows, patient)
 
@@ -218,7 +216,7 @@ _MAF_COLUMNS = words(
 )
 
 
-def _maf_row(gene: Gene, effect: str, patient: str, seed: int, rng: np.random.Generator) -> list[object]:
+def _maf_row(gene: Gene, effect: str, patient: str, rng: np.random.Generator) -> list[object]:
     start = gene.start + int(rng.integers(gene.length))
     reference, changed = rng.choice(list("ACGT"), 2, replace=False)
     deletion = effect == "Frame_Shift_Del"

@@ -39,7 +39,7 @@ def run_cohort(*, settings: Mapping[str, Any], patients_out: Path, slides_out: P
     """Read outcomes and slides, join them by patient, and write the manifest.
 
     Args:
-        settings: sections ``cohort``, ``slides``, ``molecular``, ``features`` with all defaults filled.
+        settings: section ``cohort``, and of ``slides`` and ``features`` where slides or features come from.
         patients_out: ``morphome.patients``: one row per included patient, sorted by ``patient_id``; time in
             months, event 1 = happened, age in years, stage and grade 1-4.
         slides_out: ``morphome.slides``: every slide seen, included or not, with the reason.
@@ -49,8 +49,8 @@ def run_cohort(*, settings: Mapping[str, Any], patients_out: Path, slides_out: P
         MorphomeError: an input that cannot be read (named), nobody left, or fewer events than
             ``cohort.min_events``.
     """
-    cohort, features = settings["cohort"], settings.get("features") or {}
-    external = features.get("source", "encode") == "external"
+    cohort = settings["cohort"]
+    external = settings["features"]["source"] == "external"
     source = cohort["clinical"]
     clinical = read_clinical(
         source["format"], Path(source["path"]), endpoint=cohort["endpoint"], time_unit=cohort["time_unit"]

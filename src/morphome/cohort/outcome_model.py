@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from morphome.cohort.values import DAYS_PER_MONTH
+
 Array = NDArray[np.float64]
 
 NU = 1.2
 SCALE_MONTHS = 30.0
-DAYS_PER_MONTH = 30.4375
 CENSOR_FROM_MONTHS = 1.0
 LATENT_CORRELATION = 0.2
 #: Scenario -> coefficients of z1 (morphology), z2 (genes) and their product.
@@ -93,7 +94,8 @@ def harrell_c(time: Array, event: NDArray[np.int64], risk: Array) -> float:
     """Harrell's C; NaN without a comparable pair.
 
     A pair counts when the earlier time is an event; at equal times when exactly one of the two is one. Tied risks
-    count one half (Harrell et al., Statistics in Medicine 1996;15:361).
+    count one half (Harrell et al., Statistics in Medicine 1996;15:361). Written out because the environment that
+    makes the demo cohort has no scikit-survival; a test holds it against lifelines.
     """
     earlier = time[:, None] < time[None, :]
     tied = (time[:, None] == time[None, :]) & (event[None, :] == 0)

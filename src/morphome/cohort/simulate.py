@@ -18,16 +18,11 @@ from tqdm import tqdm
 from morphome.cohort import gdc_tables
 from morphome.cohort.design import Design, SlideDesign, design
 from morphome.cohort.gene_families import choose_genes, gene_groups
-from morphome.cohort.outcome_model import (
-    DAYS_PER_MONTH,
-    Outcomes,
-    draw_outcomes,
-    harrell_c,
-    uncensored_oracle_c,
-)
+from morphome.cohort.outcome_model import Outcomes, draw_outcomes, harrell_c, uncensored_oracle_c
 from morphome.cohort.paint import Layout, Pairs, draw_layout, paint_slide
 from morphome.cohort.svs_writer import write_svs
 from morphome.cohort.textures import BLOCK_PX, CLASSES, Stain, draw_stain, textures
+from morphome.cohort.values import DAYS_PER_MONTH
 from morphome.files import atomic_path, write_json, write_parquet, write_text
 
 #: Share of aggressive blocks: expit(intercept + slope * z1).

@@ -24,7 +24,7 @@ from morphome.evaluation.intervals import (
     percentile_interval,
     stratified_c,
 )
-from morphome.evaluation.metrics import METRICS, FoldData, fold_metrics
+from morphome.evaluation.metrics import METRICS, FoldPredictions, fold_metrics
 from morphome.evaluation.risk_groups import compare_groups, group_curves
 from morphome.files import read_json, read_parquet, write_parquet
 from morphome.survival import TIED_TOLERANCE, Metric
@@ -40,11 +40,11 @@ class Row:
 
     name: str
     model: str
-    folds: dict[tuple[int, int], FoldData]
+    folds: dict[tuple[int, int], FoldPredictions]
     metrics: dict[tuple[int, int], dict[str, Metric]]
 
     @property
-    def repeats(self) -> list[list[FoldData]]:
+    def repeats(self) -> list[list[FoldPredictions]]:
         """Folds of each repeat."""
         return [
             [self.folds[key] for key in sorted(self.folds) if key[0] == repeat]
@@ -109,7 +109,7 @@ def load_rows(
     return rows, notes
 
 
-def _fold(path: Path, table: pd.DataFrame, grid: np.ndarray, horizon: float | None, reason: str) -> FoldData:
+def _fold(path: Path, table: pd.DataFrame, grid: np.ndarray, horizon: float | None, reason: str) -> FoldPredictions:
     table = table.sort_values("patient_id")
     twice = table.loc[table["patient_id"].duplicated(), "patient_id"]
     if len(twice):
@@ -122,7 +122,7 @@ def _fold(path: Path, table: pd.DataFrame, grid: np.ndarray, horizon: float | No
         raise MorphomeError(
             f"{path}: survival curves have {curves.shape[1]} points, the time grid {len(grid)}", "train it again"
         )
-    return FoldData(
+    return FoldPredictions(
         patient_id=test["patient_id"].to_numpy(dtype=object),
         time=test["time_months"].to_numpy(np.float64),
         event=test["event"].to_numpy().astype(bool),

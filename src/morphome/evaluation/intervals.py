@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from morphome.evaluation.metrics import FoldData, brier_terms, pair_terms
+from morphome.evaluation.metrics import FoldPredictions, brier_terms, pair_terms
 
 #: With fewer usable resamples an interval would describe the resamples that happened to work.
 _LEAST_USABLE = 0.9
@@ -68,7 +68,7 @@ def percentile_interval(values: np.ndarray) -> Interval:
     return Interval(float(lower), float(upper))
 
 
-def stratified_c(repeats: Sequence[Sequence[FoldData]], weights: Weights | None = None) -> np.ndarray:
+def stratified_c(repeats: Sequence[Sequence[FoldPredictions]], weights: Weights | None = None) -> np.ndarray:
     """Σ_k concordant_k / Σ_k comparable_k over pairs within a test fold, averaged over repeats.
 
     Args:
@@ -91,7 +91,7 @@ def stratified_c(repeats: Sequence[Sequence[FoldData]], weights: Weights | None 
     return np.mean(found, axis=0)
 
 
-def fold_mean(folds: Sequence[FoldData], metric: str, weights: Weights) -> np.ndarray:
+def fold_mean(folds: Sequence[FoldPredictions], metric: str, weights: Weights) -> np.ndarray:
     """Mean over folds (equal weights) of ``uno_c``, ``auc``, ``ibs`` or ``ipa`` in every resample, (B,).
 
     Args:

@@ -27,7 +27,7 @@ METRICS = ("harrell_c", "uno_c", "auc", "ibs", "ipa")
 
 
 @dataclass(frozen=True)
-class FoldData:
+class FoldPredictions:
     """Predictions of one model on one test fold, and the training outcomes that weigh them.
 
     Attributes:
@@ -49,13 +49,13 @@ class FoldData:
     horizon: float | None
     horizon_reason: str = ""
 
-    def only(self, patients: set[str]) -> FoldData:
+    def only(self, patients: set[str]) -> FoldPredictions:
         """The same fold with these test patients alone."""
         keep = np.array([p in patients for p in self.patient_id], dtype=bool)
         if keep.all():
             return self
         parts = {k: getattr(self, k)[keep] for k in ("patient_id", "time", "event", "risk", "survival")}
-        return FoldData(**{**self.__dict__, **parts})
+        return FoldPredictions(**{**self.__dict__, **parts})
 
     @property
     def threshold(self) -> float:
@@ -100,7 +100,7 @@ class Means:
     marginal: np.ndarray
 
 
-def fold_metrics(fold: FoldData) -> dict[str, Metric]:
+def fold_metrics(fold: FoldPredictions) -> dict[str, Metric]:
     """Harrell's C, Uno's C(τ), AUC(τ), IBS(τ) and IPA(τ) = 1 − IBS/IBS of the training Kaplan-Meier curve."""
     counts = harrell(fold.time, fold.event, fold.risk)
     found = {"harrell_c": Metric(counts.c, counts.reason)}
@@ -118,7 +118,7 @@ def fold_metrics(fold: FoldData) -> dict[str, Metric]:
     return found
 
 
-def brier_terms(fold: FoldData) -> tuple[Means | None, str]:
+def brier_terms(fold: FoldPredictions) -> tuple[Means | None, str]:
     """Each patient's share of IBS(τ), for the model and for the training fold's Kaplan-Meier curve."""
     curves, grid, reason = fold.curves()
     if reason:
@@ -132,7 +132,7 @@ def brier_terms(fold: FoldData) -> tuple[Means | None, str]:
     return Means(integrate(shares, grid), integrate(marginal, grid)), ""
 
 
-def pair_terms(fold: FoldData, metric: str) -> Pairs:
+def pair_terms(fold: FoldPredictions, metric: str) -> Pairs:
     """The pairs of ``harrell_c``, ``uno_c`` or ``auc`` (formulas in :mod:`morphome.survival`).
 
     Row i is the patient with the event, column j the one who should have the lower risk.
@@ -151,7 +151,7 @@ def pair_terms(fold: FoldData, metric: str) -> Pairs:
     return Pairs(bottom * right, bottom)
 
 
-def _own_g(fold: FoldData) -> np.ndarray:
+def _own_g(fold: FoldPredictions) -> np.ndarray:
     """G(T_i) of patients with an event up to τ, 1 for all others (they have no weight)."""
     needed = fold.event & (fold.time <= fold.horizon)
     g = np.ones(len(fold.time))

@@ -214,18 +214,7 @@ def _nuclei(code: np.ndarray, counts: np.ndarray) -> tuple[float, ...]:
     density = 1000 * len(nuclei) / pixels
     if len(nuclei) < 2:
         rest = {d.name: d.centre for d in DIMENSIONS}
-        names = (
-            "log_area",
-            "log_area_sd",
-            "log_area_p90",
-            "elongation",
-            "contrast",
-            "inner_sd",
-            "gap",
-            "gap_cv",
-            "largest",
-        )
-        return share, density, *(rest[f"nuclei_{name}"] for name in names)
+        return share, density, *(rest[f"nuclei_{name}"] for name in _SHAPE_NAMES)
     outer = counts - inner
     mean_in, sd_in = _mean_sd(inner, amount)
     mean_out = float(outer @ amount) / max(int(outer.sum()), 1)

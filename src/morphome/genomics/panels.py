@@ -32,7 +32,7 @@ def run_genes(*, settings: Mapping[str, Any], panels_out: Mapping[str, Path], gr
         MorphomeError: naming the file or key: a table that cannot be read, or no group with a column.
         ValueError: ``panels_out`` does not name exactly the configured panels.
     """
-    molecular = settings.get("molecular") or {}
+    molecular = settings["molecular"]
     configured = [panel for panel in PANELS if panel in molecular]
     if set(configured) != set(panels_out):
         raise ValueError(f"panels configured: {configured}, outputs asked: {sorted(panels_out)}")

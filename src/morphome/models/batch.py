@@ -26,15 +26,6 @@ class Batch:
     groups: tuple[torch.Tensor, ...] | None = None
     patient_id: str = ""
 
-    def to(self, device: torch.device | str) -> Batch:
-        """The same patient on another device."""
-        return Batch(
-            path=None if self.path is None else self.path.to(device),
-            pos=None if self.pos is None else self.pos.to(device),
-            groups=None if self.groups is None else tuple(g.to(device) for g in self.groups),
-            patient_id=self.patient_id,
-        )
-
 
 def require(batch: Batch, needs: frozenset[str], d_in: int | None = None) -> None:
     """Check that a batch has what a model needs: ``path`` (N, d_in) with N >= 1, ``omic_groups`` as vectors.

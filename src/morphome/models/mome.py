@@ -215,6 +215,7 @@ class MoME(nn.Module):
     supports: frozenset[str] = frozenset()
     head = "hazard"
     order_sensitive = True
+    experts = EXPERTS
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Step 11: one HTML page that opens offline, and its tables as CSV."""
+"""Step ``report``: one HTML page that opens offline, and its tables as CSV."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _page(data: ReportData, tables: Mapping[str, Any], settings: Mapping[str, An
         "quick": data.repeats == 1,
         "verdict": judge(data),
         "flow": sections.flow(data),
-        "baseline": sections.baseline(data, tables["baseline"]),
+        "baseline": sections.baseline(tables["baseline"]),
         "splits": sections.splits(data, tables["splits"]),
         "models": sections.models(data, tables["model_table"], tables["comparisons"]),
         "risk": sections.risk(data),

@@ -290,7 +290,7 @@ def experts(routing: pd.DataFrame, key: str, title: str, description: str) -> Ma
     """
     role = "inner_val" if (routing["role"] == "inner_val").any() else routing["role"].iloc[0]
     part = routing[routing["role"] == role]
-    layers = sorted(part["layer"].unique(), key=_layer_order)
+    layers = sorted(part["layer"].unique(), key=layer_order)
     names = part.drop_duplicates("expert").sort_values("expert")["name"].tolist()
     with style():
         figure = Figure(figsize=(9.9, 2.55))
@@ -323,7 +323,7 @@ def experts(routing: pd.DataFrame, key: str, title: str, description: str) -> Ma
         return to_svg(figure, key, title, description)
 
 
-def _layer_order(layer: str) -> tuple[str, str]:
+def layer_order(layer: str) -> tuple[str, str]:
     """Round first, then pathology before genes: p1, g1, p2, g2."""
     digits = "".join(re.findall(r"\d+", str(layer)))
     letters = re.sub(r"\d+", "", str(layer))

@@ -75,8 +75,6 @@ def how(runs: list[Run]) -> str:
         text = fmt.plural(int(bins), "time bin")
         if isinstance(edges, str):
             text += f", {_EDGES.get(edges, f'edges: {edges}')}"
-        elif isinstance(edges, (list, tuple)):
-            text += f", edges at {', '.join(f'{float(e):.3g}' for e in edges)} months"
         parts.append(text)
     inner, train = (sorted({int(r.facts[k]) for r in runs if r.facts.get(k)}) for k in ("n_inner", "n_train"))
     if inner and train:
@@ -139,7 +137,7 @@ def experts(data: ReportData, use: pd.DataFrame) -> list[dict[str, Any]]:
                 Column("Gate entropy", "num", f"mean over patients, nats; {full:.2f} is a gate without preference"),
             ],
         )
-        for layer in sorted(last["layer"].unique(), key=figures._layer_order):
+        for layer in sorted(last["layer"].unique(), key=figures.layer_order):
             rows = last[last["layer"] == layer]
             shares = rows.groupby("expert")["share"].mean()
             top = rows.groupby(["repeat", "fold"])["share"].max()

@@ -204,16 +204,12 @@ def _read_run(folder: Path) -> Run:
         fold=int(facts["fold"]),
         facts=facts,
         history=history,
-        routing=routing_shares(rows, history, rows.attrs.get("experts")),
+        routing=routing_shares(rows, history, rows.attrs["experts"]),
     )
 
 
-#: Names of the experts of a MoME layer by index, for files that do not name them.
-EXPERTS = ("TransFusion", "BottleneckTransFusion", "AddFusion", "DropX2Fusion")
-
-
-def routing_shares(rows: pd.DataFrame, history: pd.DataFrame, names: Sequence[str] | None = None) -> pd.DataFrame:
-    """Share of patients that each expert got, and the mean entropy of the gate.
+def routing_shares(rows: pd.DataFrame, history: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """Share of patients that each expert got, and the mean entropy of the gate; ``names`` are the experts by index.
 
     Returns:
         One row per epoch, layer, role and expert: ``epoch, layer, role, expert, name, n, share, probability``
@@ -223,7 +219,6 @@ def routing_shares(rows: pd.DataFrame, history: pd.DataFrame, names: Sequence[st
     columns = ["epoch", "layer", "role", "expert", "name", "n", "share", "probability", "entropy", "chosen"]
     if rows.empty:
         return pd.DataFrame(columns=columns)
-    names = list(names or EXPERTS)
     chosen = set(history.loc[history["chosen"].astype(bool), "epoch"]) if "chosen" in history else set()
     found = []
     for (epoch, layer, role), part in rows.groupby(["epoch", "layer", "role"], sort=True):

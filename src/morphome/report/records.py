@@ -45,7 +45,6 @@ def slides(data: ReportData, audit: pd.DataFrame) -> dict[str, Any]:
         "ok": [_picture(t, names) for t in ok_shown],
         "n_ok": len(ok),
         "failed": [_picture(t, names, bad.get(t.slide_id)) for t in failed[:MOST_FAILED]],
-        "n_pictures_failed": len(failed),
         "n_failed": len(lost),
         "failures": failures if len(lost) else None,
         "audit": _audit(audit, names),
@@ -210,7 +209,7 @@ def provenance(data: ReportData, settings_hash: str) -> dict[str, Any]:
         for package, version in (run.facts.get("versions") or {}).items():
             versions.setdefault(str(package), set()).add(str(version))
     versions.setdefault("morphome", set()).update({__version__, *(str(s.get("morphome_version")) for s in data.stamps)})
-    prints = {str(r.facts.get("feature_fingerprint") or r.facts.get("fingerprint") or "") for r in data.runs} - {""}
+    prints = {str(r.facts.get("feature_fingerprint") or "") for r in data.runs} - {""}
     view = View(
         "files",
         "Files behind this page",

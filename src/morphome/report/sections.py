@@ -53,7 +53,7 @@ def _box(kind: str, unit: str, n: int, name: str) -> dict[str, Any]:
     return {"kind": kind, "unit": unit, "n": n, "name": name, "checked": [], "excluded": 0, "ids": [], "more": 0}
 
 
-def baseline(data: ReportData, table: pd.DataFrame) -> View:
+def baseline(table: pd.DataFrame) -> View:
     """The baseline table; the first column of a repeated characteristic is left empty."""
     groups = [c for c in table.columns if c not in {"characteristic", "level"}]
     view = View(
@@ -126,8 +126,6 @@ def splits(data: ReportData, table: pd.DataFrame) -> dict[str, Any]:
 
 def _candidates(table: Any) -> View | None:
     """The horizon rule's table, with whatever columns it has."""
-    if isinstance(table, dict):
-        table = [{"horizon_months": key, **value} for key, value in table.items() if isinstance(value, dict)]
     if not table:
         return None
     names = list(dict.fromkeys(key for row in table for key in row))

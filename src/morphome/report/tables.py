@@ -9,14 +9,11 @@ import pandas as pd
 
 from morphome.report import format as fmt
 from morphome.report.inputs import ReportData
+from morphome.survival import censoring_km
 
 METRICS = ("harrell_c", "uno_c", "auc", "ibs", "ipa")
 #: What a run may say that it needs, in a reader's words.
-_NEEDS = {
-    **dict.fromkeys(("clin", "clinical", "covariates"), "clinical"),
-    **dict.fromkeys(("omic_groups", "omic_all", "omics", "panels", "genes", "groups", "rna", "mut", "cnv"), "genes"),
-    **dict.fromkeys(("path", "slides", "wsi", "bags", "bag", "features"), "slides"),
-}
+_NEEDS = {"clinical": "clinical", "omic_groups": "genes", "panels": "genes", "path": "slides"}
 PANELS = {"rna": "RNA", "mut": "mutations", "cnv": "copy number"}
 _ROMAN = {1: "I", 2: "II", 3: "III", 4: "IV"}
 
@@ -99,14 +96,9 @@ def reverse_km_median(time: np.ndarray, event: np.ndarray) -> float:
     Censorings are the events here; a patient whose event falls on the same time has left before. NaN when the curve
     does not reach one half.
     """
-    time, event = np.asarray(time, dtype=float), np.asarray(event, dtype=bool)
-    left = 1.0
-    for t in np.unique(time[~event]):
-        at_risk = np.sum(time >= t) - np.sum((time == t) & event)
-        left *= 1 - np.sum((time == t) & ~event) / at_risk
-        if left <= 0.5 + 1e-12:
-            return float(t)
-    return float("nan")
+    times, left = censoring_km(time, event)
+    reached = times[left <= 0.5 + 1e-12]
+    return float(reached[0]) if len(reached) else float("nan")
 
 
 def baseline(data: ReportData) -> pd.DataFrame:

@@ -31,6 +31,7 @@ class Baseline:
 
     key: ClassVar[str]
     needs: ClassVar[frozenset[str]]
+    experts: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, settings: Mapping[str, Any], training: Mapping[str, Any], seed: int) -> None:
         """Args:

@@ -144,7 +144,10 @@ class FoldData:
     def _read_bag(self, patient_id: str) -> tuple[np.ndarray, np.ndarray]:
         if self._store is None:
             if self._index is None:
-                raise MorphomeError("the model needs bags of tile features but no feature index was given")
+                raise MorphomeError(
+                    "the model needs bags of tile features but no feature index was given",
+                    "run the collect step, or leave this model out",
+                )
             self._store = BagStore(self._index)
         slides = sorted(self.table.at[patient_id, "slide_ids"])
         features, position = self._store.bag(slides) if slides else (np.empty((0, 0)), np.empty((0, 3)))

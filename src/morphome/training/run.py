@@ -1,4 +1,4 @@
-"""Step 9: one model, one repeat, one fold. Trains, predicts everybody, and writes what evaluation and report read."""
+"""Step ``train``: one model, one repeat, one fold; trains, predicts everybody, writes what later steps read."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from threadpoolctl import threadpool_limits
 from morphome import __version__
 from morphome.errors import MorphomeError, MorphomeWarning
 from morphome.files import read_json, write_json, write_parquet
+from morphome.survival import TIED_TOLERANCE
 from morphome.training.baselines import BASELINES, Baseline
 from morphome.training.checkpoint import load_model, save_model
 from morphome.training.data import FoldData, derive_seed, load_fold
@@ -27,8 +28,6 @@ from morphome.training.preprocess import time_grid
 if TYPE_CHECKING:
     from morphome.training.trainer import NeuralModel
 
-#: Scores closer than this are ties for the concordance index; a model within it is constant.
-CONSTANT_WITHIN = 1e-8
 _EMPTY_DIAGNOSTICS = {
     "epoch": "int32",
     "layer": "str",
@@ -149,7 +148,7 @@ def run_train(
         fit_seconds = clock.perf_counter() - fit_start
         ids = data.ids()
         risk, survival = model.predict(data, ids, times)
-    constant = bool(len(risk) > 1 and np.ptp(risk) < CONSTANT_WITHIN)
+    constant = bool(len(risk) > 1 and np.ptp(risk) <= TIED_TOLERANCE)
     if constant:
         message = f"every patient gets the same risk: the model has learned nothing ({data.where})"
         notes.append(message)
@@ -183,7 +182,9 @@ def run_train(
     write_parquet(history, out / "history.parquet", "morphome.history", settings, extra)
     if diagnostics is None:
         diagnostics = pd.DataFrame({c: pd.Series(dtype=t) for c, t in _EMPTY_DIAGNOSTICS.items()})
-    write_parquet(diagnostics, out / "diagnostics.parquet", "morphome.diagnostics", settings, extra)
+    write_parquet(
+        diagnostics, out / "diagnostics.parquet", "morphome.diagnostics", settings, {**extra, "experts": model.experts}
+    )
     roles = outcomes["role"].value_counts()
     write_json(
         {

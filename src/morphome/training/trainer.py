@@ -1,4 +1,4 @@
-"""The one trainer of all neural models: recipe R0 of the lineage with its faults mended.
+"""The one trainer of all neural models: the recipe of the MCAT family with its faults mended.
 
 Adam with L2, one patient at a time, gradients accumulated over a window, sampling balanced over time bin × status.
 The last window of an epoch is stepped like the others, a window is divided by its true size, auxiliary losses are
@@ -157,6 +157,7 @@ class NeuralModel:
         self.key, self.settings, self.training = key, dict(settings), dict(training)
         self.seed, self.threads = seed, threads
         self.needs: frozenset[str] = NEURAL[key].needs
+        self.experts: tuple[str, ...] = getattr(NEURAL[key], "experts", ())
         if NEURAL[key].head != "hazard":
             raise MorphomeError(
                 f"model '{key}' has the head '{NEURAL[key].head}', which this version cannot train",
@@ -358,7 +359,7 @@ class NeuralModel:
                         "patient_id": patient,
                         "role": fold.table.at[patient, "role"],
                         "expert": int(routed["expert"]),
-                        **{f"p{e}": p[e] for e in range(4)},
+                        **{f"p{e}": p[e] for e in range(len(p))},
                         "entropy": float(-(p[p > 0] * np.log(p[p > 0])).sum()),
                     }
                 )

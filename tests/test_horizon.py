@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from morphome.evaluation.horizon import choose_horizon, horizon_table
+from morphome.horizon import choose_horizon, horizon_table
 
 
 def _cohort(n: int = 400) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
