@@ -10,7 +10,8 @@ import openpyxl
 import pandas as pd
 import pytest
 
-from morphome.cohort.clinical import drop_unusable, fill_covariates, read_clinical
+from morphome.cohort.clinical import read_clinical
+from morphome.cohort.flow import drop_unusable, fill_covariates
 from morphome.cohort.values import grade_of, is_missing, stage_of
 from morphome.errors import MorphomeError
 
@@ -324,6 +325,17 @@ def test_covariates_fill_and_override(tmp_path):
     assert notes["columns"]["age_years"] == {"filled": 1, "overridden": 0, "missing": 0}
     assert notes["columns"]["sex"] == {"filled": 1, "overridden": 1, "missing": 0}
     np.testing.assert_array_equal(merged[["time_months", "event"]], patients[["time_months", "event"]])
+
+
+def test_covariates_may_name_the_institution(tmp_path):
+    first, second = tmp_path / "a.csv", tmp_path / "b.csv"
+    first.write_text("patient_id,time,event\nTCGA-AA-0001,1,1\nTCGA-BB-0002,1,0\nTCGA-CC-0003,1,0\n")
+    second.write_text("patient_id,age,site\nTCGA-BB-0002,60,Mayo\nTCGA-AA-0001,61,Mayo\n")
+    patients, _ = drop_unusable(read_clinical("csv", first))
+    assert patients["site"].tolist() == ["AA", "BB", "CC"]
+    merged, notes = fill_covariates(patients, read_clinical("csv", second, outcome=False))
+    assert merged["site"].tolist() == ["Mayo", "Mayo", "CC"]
+    assert notes["sites_given"] == 2
 
 
 def test_covariates_table_without_covariates(tmp_path):

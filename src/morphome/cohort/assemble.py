@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from morphome.cohort.clinical import flow_step
+from morphome.cohort.flow import flow_step
 from morphome.errors import MorphomeError
 from morphome.files import read_json, read_parquet, write_json, write_parquet
 

@@ -11,14 +11,8 @@ import numpy as np
 import pandas as pd
 
 from morphome.cohort.barcode import cut_suffix, try_barcode
-from morphome.cohort.clinical import (
-    ClinicalTable,
-    drop_unusable,
-    fill_covariates,
-    flow_step,
-    read_clinical,
-    source_note,
-)
+from morphome.cohort.clinical import ClinicalTable, read_clinical, source_note
+from morphome.cohort.flow import drop_unusable, fill_covariates, flow_step
 from morphome.cohort.slide_sheet import (
     SlideRow,
     check_slide_id,
