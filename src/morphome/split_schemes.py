@@ -23,8 +23,10 @@ MIN_INNER_EVENTS = 4
 INNER_SIZE_RANGE = (0.5, 2.0)
 #: The search stops after this many nodes, which (unlike a time limit) gives the same folds on every machine.
 _NODE_LIMIT = 400
-#: Safety net only; about a second is usual.
+#: Safety net only, about a second is usual: folds must not depend on a clock, so running into it is an error.
 _TIME_LIMIT_S = 60.0
+#: ``status`` of scipy's milp after the time limit (the node limit has no status of its own, only a message).
+_OUT_OF_TIME = 1
 _RELATIVE_GAP = 0.02
 #: Pairs of sites tried when a repeat would be the same as an earlier one.
 _PAIRS_TRIED = 6
@@ -57,6 +59,9 @@ def assign_sites(
     Returns:
         Bin (S,) of each site, and how it was found: "integer programme" (within 2 % of the optimum), "integer
         programme, stopped at the node limit" or "greedy".
+
+    Raises:
+        MorphomeError: the clock ran out, so that another machine would give other folds.
     """
     n_sites, n_bins = len(events), len(event_targets)
     total_events, total_patients = max(1, int(events.sum())), max(1, int(patients.sum()))
@@ -101,9 +106,16 @@ def assign_sites(
         bounds=Bounds(np.zeros(n), limit),
         options={"node_limit": _NODE_LIMIT, "mip_rel_gap": _RELATIVE_GAP, "time_limit": _TIME_LIMIT_S},
     )
-    if found.x is None:
+    if found.status == _OUT_OF_TIME:
+        raise MorphomeError(
+            f"putting {n_sites} sites into {n_bins} parts took longer than {_TIME_LIMIT_S:g} s; what was found by then "
+            "depends on the speed of this machine",
+            "lower splits.folds, or set splits.scheme to 'random'",
+        )
+    at_limit = "Solution limit" in found.message  # HiGHS calls its node limit so
+    if found.x is None or (found.status != 0 and not at_limit):
         return _greedy(events, patients, event_targets, patient_targets), "greedy"
-    how = "integer programme" if found.status == 0 else "integer programme, stopped at the node limit"
+    how = "integer programme, stopped at the node limit" if at_limit else "integer programme"
     return found.x[:n_place].reshape(n_sites, n_bins).argmax(axis=1), how
 
 

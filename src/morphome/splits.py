@@ -26,6 +26,8 @@ from morphome.split_schemes import (
     site_folds,
 )
 
+#: Said in the facts and in the report: a horizon chosen after looking at models would flatter them.
+HORIZON_NOTE = "The horizon is one constant of the cohort, fixed from outcomes and folds before any model is run."
 ROLES = ("train", "inner_val", "test")
 #: Fewer events in a test fold make its metrics hard to read.
 FEW_EVENTS = 20
@@ -120,6 +122,7 @@ def make_splits(
         "n_events": int(event.sum()),
         "n_sites": len(set(site)),
         **chosen,
+        "horizon_note": HORIZON_NOTE,
         "folds": folds_facts,
         "warnings": notes,
     }

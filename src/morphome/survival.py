@@ -356,34 +356,6 @@ def brier_contributions(
     return died + alive, ""
 
 
-def brier(
-    train_time: ArrayLike,
-    train_event: ArrayLike,
-    time: ArrayLike,
-    event: ArrayLike,
-    survival: ArrayLike,
-    times: ArrayLike,
-) -> tuple[np.ndarray, str]:
-    """BS(t) (T,) at ``times``, and a reason where it is NaN; see :func:`brier_contributions`."""
-    shares, reason = brier_contributions(train_time, train_event, time, event, survival, times)
-    return shares.mean(axis=0), reason
-
-
-def integrated_brier(
-    train_time: ArrayLike,
-    train_event: ArrayLike,
-    time: ArrayLike,
-    event: ArrayLike,
-    survival: ArrayLike,
-    times: ArrayLike,
-) -> Metric:
-    """IBS: BS(t) integrated over ``times`` by the trapezoid rule, divided by their range."""
-    shares, reason = brier_contributions(train_time, train_event, time, event, survival, times)
-    if reason or len(np.atleast_1d(times)) < 2:
-        return Metric(np.nan, reason or "fewer than two time points")
-    return Metric(float(integrate(shares, times).mean()))
-
-
 def integrate(curves: np.ndarray, times: ArrayLike) -> np.ndarray:
     """Mean height of curves (…, T) over the range of ``times``, by the trapezoid rule."""
     times = np.asarray(times, dtype=np.float64)

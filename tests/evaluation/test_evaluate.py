@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -170,9 +172,31 @@ def test_curves_that_end_early(planted, tmp_path):
 
     found = _run(planted, tmp_path, planted.write(tmp_path, "m", planted.oracle, change=cut))
     row = _summary(found, "m", "ibs")
-    assert np.isfinite(row["value"]) and row["n_missing"] == 1
+    # No mean over the two other folds.
+    assert np.isnan(row[["value", "lower", "upper", "sd_folds"]].astype(float)).all()
+    assert row["n_missing"] == 1 and row["n_folds"] == 3
     assert row["reason"].startswith("missing in 1 of 3 folds: survival is not identified from")
-    assert _summary(found, "m", "auc")["n_missing"] == 0
+    assert row["reason"].endswith("(fold 1)")
+    for metric in ("harrell_c", "uno_c", "auc"):
+        whole = _summary(found, "m", metric)
+        assert whole["n_missing"] == 0 and np.isfinite(whole["value"]) and whole["reason"] == ""
+    per_fold = found["metrics"].query("metric == 'ibs'")["value"]
+    assert np.isfinite(per_fold).tolist() == [True, False, True]
+
+
+def test_reason_names_the_folds_of_every_repeat(planted_cohort, tmp_path):
+    cohort = planted_cohort(repeats=2)
+
+    def cut(table, repeat, fold):
+        if (repeat, fold) in {(0, 2), (1, 0)}:
+            table["survival"] = [np.where(np.arange(100) < 90, s, np.nan) for s in table["survival"]]
+        return table
+
+    found = _run(cohort, tmp_path, cohort.write(tmp_path, "m", cohort.oracle, change=cut))
+    row = _summary(found, "m", "ipa")
+    assert np.isnan(row["value"]) and row["n_missing"] == 2
+    assert row["reason"].startswith("missing in 2 of 6 folds: ")
+    assert row["reason"].endswith("(repeat 0 fold 2, repeat 1 fold 0)")
 
 
 @pytest.mark.parametrize("keys", [("clinical_cox", "abmil"), ("abmil", "clinical_cox")])
@@ -242,6 +266,21 @@ def test_contradictions_are_refused(planted, planted_cohort, tmp_path):
         return table
 
     refuse(planted.write(tmp_path / "again", "m", planted.oracle, change=again), "P0000 is tested twice in repeat 0")
+
+    class Refolded(planted_cohort):
+        """The same patients in other folds, as after another seed."""
+
+        def role(self, repeat, fold):
+            self.fold = np.sort(self.fold, axis=1)
+            return super().role(repeat, fold)
+
+    moved = Refolded()
+    with pytest.raises(MorphomeError) as error:
+        _run(planted, tmp_path, good + moved.write(tmp_path / "moved", "n", moved.oracle))
+    assert re.match(
+        r"patient P\d{4} is tested in fold \d of repeat 0 by 'm', but in fold \d by 'n'$", error.value.problem
+    )
+    assert error.value.remedy == "the runs come from different folds: train the older ones again"
 
     def untested(table, repeat, fold):
         return table[table["role"] != "test"]

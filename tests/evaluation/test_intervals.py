@@ -180,8 +180,8 @@ def test_interval_needs_resamples():
     assert (found.lower, found.upper, found.reason) == (25.0, 975.0, "")
 
 
-def test_bootstrap_covers_the_truth(planted_cohort):
-    """Width of the interval of C: the standard error is near 0.25/√events for C = .75."""
+def test_bootstrap_standard_error_is_near_theory(planted_cohort):
+    """Near 0.25/√events for C = .75."""
     cohort = planted_cohort(n=400, spread=1.177, seed=11)
     folds = [cohort.data(cohort.oracle, fold=k) for k in range(3)]
     weights = bootstrap_weights({p: k for k, f in enumerate(folds) for p in f.patient_id}, 500, seed=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -96,7 +97,7 @@ def test_limitations_come_from_flags(data):
         "Planted cohort",
         "Few events (",
         "Quick split",
-        "fold 2: few <events>",
+        "Fold 2: few <events>",
         "gave every patient the same risk in 1 of 3",
     ):
         assert words in texts
@@ -110,13 +111,55 @@ def test_limitations_of_random_splits_and_missing_control(make_inputs):
         np.arange((data.splits["role"] == "test").sum()) % 3
     ).astype("int32")
     texts = " | ".join(levels(data))
-    assert "sites that are also in training" in texts
+    assert re.search(r"Folds share hospitals: up to \d of \d sites of a test fold are also in training", texts)
     assert "No clinical Cox row" in texts and "no negative control" in texts and "Planted" not in texts
 
 
 def test_assumed_resolution_reaches_the_verdict(data):
     data.audit.loc[:2, "mpp_source"] = "assumed_from_power"
     assert any("assumed from the objective's power for 3 slides" in text for text in judge.judge(data).warnings)
+
+
+@pytest.mark.parametrize("how", ["run", "predictions"])
+def test_a_constant_row_is_serious_and_no_rival(data, how):
+    for name in data.names:
+        set_c(data, name, 0.6, 0.55, 0.65)
+    set_c(data, "mean_pool_cox", 0.7, 0.6, 0.8)
+    set_delta(data, "mome", 0.01, -0.05, 0.07)
+    assert "between" not in judge.judge(data).headline  # mean_pool_cox is the rival, and was not compared
+    if how == "run":
+        data.runs_of("mean_pool_cox")[1].facts["constant_prediction"] = True
+    else:
+        at = (data.oof["name"] == "mean_pool_cox") & (data.oof["fold"] == 1)
+        data.oof.loc[at, "risk"] = 0.3 + 1e-9 * np.arange(at.sum()) / at.sum()
+    assert tables.constant_folds(data, "mean_pool_cox") == [(0, 1)]
+    verdict = judge.judge(data)
+    assert "between mome, the best other model, and the clinical Cox" in verdict.headline
+    assert "mean_pool_cox" not in verdict.facts[0].detail
+    assert any(text.startswith("mean_pool_cox gave every patient the same risk in 1 of 3") for text in verdict.warnings)
+
+
+def test_nothing_is_compared_with_a_constant_row(data):
+    def flatten(name):
+        data.oof.loc[data.oof["name"] == name, "risk"] = 0.0
+
+    for name in ("mean_pool_cox", "mome"):
+        flatten(name)
+    assert judge.judge(data).headline.startswith("Nothing can be compared: every model but clinical Cox")
+    flatten("clinical_cox")
+    assert judge.judge(data).headline.startswith("No model can be judged")
+    data.oof.loc[data.oof["name"] == "mome", "risk"] = np.arange((data.oof["name"] == "mome").sum())
+    assert judge.judge(data).headline.startswith("Nothing can be compared: the clinical Cox row")
+
+
+def test_who_was_fitted_on_whom(data):
+    found = {text: level for text, level in levels(data).items() if "patients together" in text}
+    assert list(found.values()) == ["note"]
+    assert next(iter(found)) == (
+        "clinical_cox, mean_pool_cox and coxnet_genes were fitted on training and inner validation patients together "
+        "(27); mome on the training patients alone (20), because the inner validation (7) is kept for choosing the "
+        "epoch."
+    )
 
 
 def test_above_the_oracle_is_suspicious(data):

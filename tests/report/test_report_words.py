@@ -29,9 +29,10 @@ def test_reasons_that_differ_in_numbers_are_said_once():
     assert "after month 10.2 to 19.2 (10 folds)" in words.reasons(many, None)[0]
     few = missing("no event among 12 patients", "no case up to 24", "no event among 9 patients")
     assert words.reasons(few, 24.0, 4) == [
-        "missing in 2 of 4 folds: no event among 9 and 12 patients",
-        "missing in 1 of 4 folds: no case up to 24",
+        "missing in 2 of 4 folds (folds 0 and 2): no event among 9 and 12 patients",
+        "missing in 1 of 4 folds (fold 1): no case up to 24",
     ]
+    assert words.reasons(few, 24.0, 8, repeats=2)[1] == "missing in 1 of 8 folds (fold r0 f1): no case up to 24"
     assert words.reasons(missing("", ""), 24.0) == []
 
 
@@ -123,7 +124,7 @@ def test_redacted_patients_in_the_analysis_are_flagged(data):
     who = data.patients["patient_id"].iloc[0]
     changed = dataclasses.replace(data, sources=[{"role": "covariates", "redacted": [who, "TCGA-ZZ-0000"]}])
     texts = [flag.text for flag in limitations(changed) if "redacted" in flag.text]
-    assert len(texts) == 1 and texts[0].startswith("1 analysed patient marked as redacted") and who in texts[0]
+    assert len(texts) == 1 and texts[0].startswith("1 analysed patient is marked as redacted") and who in texts[0]
     assert not any("redacted" in flag.text for flag in limitations(data))
 
 

@@ -140,6 +140,7 @@ def _fold(path: Path, table: pd.DataFrame, grid: np.ndarray, horizon: float | No
 def _check_rows(rows: Sequence[Row]) -> list[str]:
     """Every row has the same folds; every patient is tested once per repeat. Returns remarks for the reader."""
     notes = []
+    place: dict[tuple[int, str], tuple[int, str]] = {}  # (repeat, patient): fold and the first row that says so
     all_keys = {key for row in rows for key in row.folds}
     everyone: dict[tuple[int, int], set[str]] = {key: set() for key in all_keys}
     for row in rows:
@@ -158,6 +159,13 @@ def _check_rows(rows: Sequence[Row]) -> list[str]:
                         "every patient is tested once per repeat: make the folds again",
                     )
                 tested.add((repeat, patient))
+                known, first = place.setdefault((repeat, patient), (fold, row.name))
+                if known != fold:
+                    raise MorphomeError(
+                        f"patient {patient} is tested in fold {known} of repeat {repeat} by '{first}', but in fold "
+                        f"{fold} by '{row.name}'",
+                        "the runs come from different folds: train the older ones again",
+                    )
     for row in rows:
         constant = sum(len(d.risk) > 1 and np.ptp(d.risk) <= TIED_TOLERANCE for d in row.folds.values())
         if constant:
@@ -195,7 +203,10 @@ def shared_weights(rows: Sequence[Row], resamples: int, seed: int) -> Weights:
 
 
 def summarise(row: Row, weights: Weights | None) -> list[dict[str, Any]]:
-    """One summary per metric: the value over all folds with its bootstrap interval and the spread over folds."""
+    """One summary per metric: the value over all folds with its bootstrap interval and the spread over folds.
+
+    A mean over some of the folds would be a number about easier folds: with a fold missing there is none.
+    """
     found = []
     horizon = next(iter(row.folds.values())).horizon
     for metric in METRICS:
@@ -209,10 +220,9 @@ def summarise(row: Row, weights: Weights | None) -> list[dict[str, Any]]:
                 resampled = stratified_c(row.repeats, weights)
             method = "pairs within test folds, mean over repeats"
         else:
-            value = float(per_fold[usable].mean()) if usable.any() else np.nan
-            if weights is not None and usable.any():
-                kept = [row.folds[key] for key, ok in zip(values, usable, strict=True) if ok]
-                resampled = fold_mean(kept, metric, weights)
+            value = float(per_fold.mean()) if usable.all() else np.nan
+            if weights is not None and usable.all():
+                resampled = fold_mean([row.folds[key] for key in values], metric, weights)
             method = "mean over test folds"
         interval = percentile_interval(resampled) if np.isfinite(value) else Interval(np.nan, np.nan)
         if len(resampled):
@@ -226,24 +236,30 @@ def summarise(row: Row, weights: Weights | None) -> list[dict[str, Any]]:
                 "value": value,
                 "lower": interval.lower,
                 "upper": interval.upper,
-                "sd_folds": float(per_fold[usable].std(ddof=1)) if usable.sum() > 1 else np.nan,
+                "sd_folds": float(per_fold.std(ddof=1)) if usable.all() and len(per_fold) > 1 else np.nan,
                 "n_folds": len(per_fold),
                 "n_missing": int((~usable).sum()),
                 "method": method,
-                "reason": _reasons([m.reason for m in values.values()], interval.reason),
+                "reason": _reasons({key: m.reason for key, m in values.items()}, interval.reason),
             }
         )
     return found
 
 
-def _reasons(per_fold: Sequence[str], interval: str) -> str:
-    missing = [reason for reason in per_fold if reason]
+def _reasons(per_fold: Mapping[tuple[int, int], str], interval: str) -> str:
+    """Which folds have no value and why, then why there is no interval; ``per_fold`` has "" where all is well."""
+    several = len({repeat for repeat, _ in per_fold}) > 1
+    where: dict[str, list[str]] = {}
+    for (repeat, fold), reason in per_fold.items():
+        if reason:
+            where.setdefault(reason, []).append(f"repeat {repeat} fold {fold}" if several else f"fold {fold}")
+    missing = sum(len(folds) for folds in where.values())
     parts = []
-    if missing:
-        distinct = list(dict.fromkeys(missing))
-        more = f" and {len(distinct) - 1} other reasons" if len(distinct) > 1 else ""
-        which = "" if len(missing) == len(per_fold) else f"missing in {len(missing)} of {len(per_fold)} folds: "
-        parts.append(f"{which}{distinct[0]}{more}")
+    if len(where) == 1 and missing == len(per_fold):
+        parts.append(next(iter(where)))
+    elif where:
+        told = [f"{reason} ({', '.join(folds)})" for reason, folds in where.items()]
+        parts.append(f"missing in {missing} of {len(per_fold)} folds: {', '.join(told)}")
     if interval:
         parts.append(f"no interval: {interval}")
     return "; ".join(parts)

@@ -95,7 +95,7 @@ def fold_mean(folds: Sequence[FoldPredictions], metric: str, weights: Weights) -
     """Mean over folds (equal weights) of ``uno_c``, ``auc``, ``ibs`` or ``ipa`` in every resample, (B,).
 
     Args:
-        folds: the folds of all repeats in which the metric itself could be computed.
+        folds: the folds of all repeats; the metric itself can be computed in each.
 
     A resample in which a fold happens to have no case or no control uses the other folds.
     """

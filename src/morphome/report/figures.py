@@ -260,8 +260,13 @@ def search(runs: Sequence[Run], key: str, title: str, description: str) -> Marku
             axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
         axes.set(xlabel=name or "Setting", ylabel="C, inner cross-validation")
         if few:
-            axes.legend(loc="best", handlelength=2.6)
-        figure.subplots_adjust(left=0.145, right=0.97, top=0.96, bottom=0.165 if name else 0.33)
+            # Above the axes: inside, it would hide lines.
+            place = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "borderaxespad": 0.1}
+            axes.legend(
+                ncols=3 if len(runs) > 5 else 5, handlelength=2.2, columnspacing=0.9, handletextpad=0.5, **place
+            )
+        top = 0.96 if not few else 0.83 if len(runs) > 5 else 0.9
+        figure.subplots_adjust(left=0.145, right=0.97, top=top, bottom=0.165 if name else 0.33)
         return to_svg(figure, key, title, description)
 
 

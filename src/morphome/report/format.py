@@ -112,6 +112,12 @@ def plural(n: int, one: str, many: str | None = None) -> str:
     return f"{count(n)} {one if n == 1 else many or one + 's'}"
 
 
+def span(values: Sequence[int]) -> str:
+    """``59``, or ``237 to 238``."""
+    low, high = min(values), max(values)
+    return count(low) if low == high else f"{count(low)} to {count(high)}"
+
+
 def months(value: Any) -> str:
     """A time in months without needless decimals."""
     return MISSING if is_missing(value) else f"{float(value):g} months"

@@ -11,7 +11,7 @@ import pandas as pd
 from morphome.report import figures, words
 from morphome.report import format as fmt
 from morphome.report.format import Column, View
-from morphome.report.inputs import ReportData, Run
+from morphome.report.inputs import ReportData, Run, is_neural
 
 
 def training(data: ReportData) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def training(data: ReportData) -> dict[str, Any]:
     for name in data.names:
         runs = [r for r in data.runs_of(name) if len(r.history)]
         searched = [r for r in runs if "setting" in r.history and r.history["inner_c"].notna().sum() > 1]
-        epochs = [r for r in runs if r.history["train_loss"].notna().any()]
+        epochs = [r for r in runs if is_neural(r)]
         key = fmt.slug(name)
         if epochs:
             several = data.repeats > 1
@@ -76,9 +76,9 @@ def how(runs: list[Run]) -> str:
         if isinstance(edges, str):
             text += f", {_EDGES.get(edges, f'edges: {edges}')}"
         parts.append(text)
-    inner, train = (sorted({int(r.facts[k]) for r in runs if r.facts.get(k)}) for k in ("n_inner", "n_train"))
+    inner, train = ([int(r.facts[k]) for r in runs if r.facts.get(k)] for k in ("n_inner", "n_train"))
     if inner and train:
-        parts.append(f"{_range(inner)} patients of inner validation, {_range(train)} to train on")
+        parts.append(f"{fmt.span(inner)} patients of inner validation, {fmt.span(train)} to train on")
     rule = given.get("epoch_rule")
     if rule is not None:
         text = _RULES.get(rule, str(rule))
@@ -88,10 +88,6 @@ def how(runs: list[Run]) -> str:
     if sampler is not None and _SAMPLERS.get(sampler, sampler):
         parts.append(_SAMPLERS.get(sampler, str(sampler)))
     return "; ".join(parts)
-
-
-def _range(values: list[int]) -> str:
-    return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
 
 
 def _edge(runs: list[Run]) -> str:

@@ -55,6 +55,11 @@ class Run:
     routing: pd.DataFrame
 
 
+def is_neural(run: Run) -> bool:
+    """Trained by epochs: its history has losses."""
+    return "train_loss" in run.history and bool(run.history["train_loss"].notna().any())
+
+
 @dataclass
 class Thumbnail:
     """A picture of one slide and the facts of its tiling."""
@@ -204,7 +209,7 @@ def _read_run(folder: Path) -> Run:
         fold=int(facts["fold"]),
         facts=facts,
         history=history,
-        routing=routing_shares(rows, history, rows.attrs["experts"]),
+        routing=routing_shares(rows, history, rows.attrs.get("experts", ())),
     )
 
 
@@ -219,6 +224,8 @@ def routing_shares(rows: pd.DataFrame, history: pd.DataFrame, names: Sequence[st
     columns = ["epoch", "layer", "role", "expert", "name", "n", "share", "probability", "entropy", "chosen"]
     if rows.empty:
         return pd.DataFrame(columns=columns)
+    # Files of the first days do not name the experts.
+    names = names or [f"expert {i}" for i in range(sum(c.startswith("p") and c[1:].isdigit() for c in rows.columns))]
     chosen = set(history.loc[history["chosen"].astype(bool), "epoch"]) if "chosen" in history else set()
     found = []
     for (epoch, layer, role), part in rows.groupby(["epoch", "layer", "role"], sort=True):

@@ -44,7 +44,9 @@ def judge(data: ReportData) -> Verdict:
         reasons = sorted({str(_c(data, n).get("reason") or "no reason given") for n in data.names})
         return Verdict(f"No model could be scored: {'; '.join(reasons)}.", facts=[_events(data)], warnings=warnings)
 
-    best = max(scored, key=lambda n: _c(data, n)["value"])
+    # A row that is constant somewhere has C = 0.5 there whatever it saw: it is no rival and not the best.
+    sound = [n for n in scored if not tables.constant_folds(data, n)]
+    best = max(sound or scored, key=lambda n: _c(data, n)["value"])
     top = _c(data, best)
     verdict = Verdict("", warnings=warnings)
     verdict.facts.append(
@@ -55,7 +57,7 @@ def judge(data: ReportData) -> Verdict:
         )
     )
     chance = fmt.excludes(top["lower"], top["upper"], 0.5)
-    verdict.headline = _headline(data, verdict, best, scored, chance)
+    verdict.headline = _headline(data, verdict, best, scored, sound, chance)
     if len(scored) > 2:
         verdict.sentences.append(
             f"{best} has the largest C of {len(scored)} models. The largest of several estimates is too high on "
@@ -82,9 +84,9 @@ def judge(data: ReportData) -> Verdict:
     return verdict
 
 
-def _headline(data: ReportData, verdict: Verdict, best: str, scored: list[str], chance: int) -> str:
+def _headline(data: ReportData, verdict: Verdict, best: str, scored: list[str], sound: list[str], chance: int) -> str:
     clinical = [n for n in scored if data.model_of(n) == "clinical_cox"]
-    rivals = [n for n in scored if n not in clinical]
+    rivals = [n for n in sound if n not in clinical]
     nothing = (
         f"No model can be told from chance: the interval of the best, {best}, contains 0.5."
         if len(scored) > 1
@@ -99,6 +101,15 @@ def _headline(data: ReportData, verdict: Verdict, best: str, scored: list[str], 
         if chance > 0:
             return f"{best} ranks patients better than chance; its value over clinical data is not known."
         return nothing if chance == 0 else f"{best} ranks patients worse than chance."
+    if not sound:
+        verdict.facts.append(Fact("Over clinical Cox", "not known", "every row is constant in some fold"))
+        return "No model can be judged: each gave all patients the same risk in some fold."
+    if not set(clinical) & set(sound):
+        verdict.facts.append(Fact("Over clinical Cox", "not known", "the clinical row is constant in some fold"))
+        return "Nothing can be compared: the clinical Cox row gave all patients the same risk in some fold."
+    if not rivals and len(scored) > len(clinical):
+        verdict.facts.append(Fact("Over clinical Cox", "not known", "every other row is constant in some fold"))
+        return "Nothing can be compared: every model but clinical Cox gave all patients the same risk in some fold."
     if not rivals:
         verdict.facts.append(Fact("Over clinical Cox", "not known", "only clinical rows were run"))
         return nothing if chance == 0 else "Only clinical models were run."

@@ -9,7 +9,7 @@ import numpy as np
 
 from morphome.report import format as fmt
 from morphome.report import tables, words
-from morphome.report.inputs import ReportData
+from morphome.report.inputs import ReportData, is_neural
 
 #: Events per test fold below which results are hardly usable, and below which they are weak.
 FEW_EVENTS_STOP, FEW_EVENTS_WARN = 10, 20
@@ -64,13 +64,16 @@ def _cohort_flags(data: ReportData) -> list[Flag]:
             )
         )
     analysed = set(data.patients["patient_id"].astype(str))
-    redacted = sorted({str(i) for s in data.sources if isinstance(s, dict) for i in s.get("redacted") or []} & analysed)
+    marking = [s for s in data.sources if isinstance(s, dict) and s.get("redacted")]
+    redacted = sorted({str(i) for s in marking for i in s["redacted"]} & analysed)
+    by = words.listed([f"the {s['role']} table" if s.get("role") else "a further table" for s in marking])
     if redacted:
         flags.append(
             Flag(
                 "caution",
-                f"{fmt.plural(len(redacted), 'analysed patient')} marked as redacted by a table of the cohort: "
-                f"{fmt.listing(redacted, 6)}.",
+                f"{fmt.plural(len(redacted), 'analysed patient')} {'is' if len(redacted) == 1 else 'are'} marked as "
+                f"redacted by {by} ({fmt.listing(redacted, 6)}); "
+                "the check in the flow reads the clinical table only.",
             )
         )
     sites = data.patients["site"].value_counts()
@@ -122,6 +125,7 @@ def _split_flags(data: ReportData) -> list[Flag]:
                 )
             )
         shared = int(table["test_sites_also_in_training"].max())
+        worst = table.loc[table["test_sites_also_in_training"].idxmax()]
         if shared and _scheme(data) == "site":
             flags.append(
                 Flag(
@@ -134,17 +138,16 @@ def _split_flags(data: ReportData) -> list[Flag]:
             flags.append(
                 Flag(
                     "caution",
-                    "Test patients come from sites that are also in training: models that "
-                    "recognise the hospital are rewarded, slide models most. Site-preserved folds "
-                    "(splits.scheme: site) avoid it.",
+                    f"Folds share hospitals: up to {shared} of {fmt.plural(int(worst['test_sites']), 'site')} of a "
+                    "test fold are also in training. Models that recognise the hospital are rewarded, slide models "
+                    "most. Site-preserved folds (splits.scheme: site) avoid it.",
                 )
             )
     if data.repeats == 1:
         flags.append(
             Flag(
                 "serious",
-                "Quick split: one partition of the cohort. Another partition would give other "
-                "numbers; no p-values are given.",
+                "Quick split: one partition of the cohort. Another partition would give other numbers.",
             )
         )
     else:
@@ -164,7 +167,8 @@ def _split_flags(data: ReportData) -> list[Flag]:
             )
         )
     noted = [*(data.facts.get("warnings") or []), *(data.summary.attrs.get("warnings") or [])]
-    flags += [Flag("caution", str(text)) for text in noted]
+    # That a row is constant is said by _model_flags, more gravely.
+    flags += [Flag("caution", words.sentence(text)) for text in noted if "the same risk in" not in str(text)]
     return flags
 
 
@@ -194,22 +198,55 @@ def _model_flags(data: ReportData) -> list[Flag]:
             flags.append(
                 Flag("caution", f"{name} ranks worse than chance: {fmt.estimate(c['value'], c['lower'], c['upper'])}.")
             )
-        constant = sum(bool(r.facts.get("constant_prediction")) for r in data.runs_of(name))
+        constant = len(tables.constant_folds(data, name))
         if constant:
             flags.append(
                 Flag(
-                    "caution",
+                    "serious",
                     f"{name} gave every patient the same risk in {constant} of "
-                    f"{fmt.plural(len(data.runs_of(name)), 'run')}: it learned nothing there.",
+                    f"{fmt.plural(data.repeats * data.folds, 'fold')}: it learned nothing, and its C there is 0.5 by "
+                    "construction. It is left out of the verdict's comparison.",
                 )
             )
         ceiling = (data.oracle or {}).get("oracle_c")
         if not fmt.is_missing(ceiling) and fmt.excludes(c.get("lower"), c.get("upper"), float(ceiling)) > 0:
             flags.append(Flag("serious", f"{name} lies above the oracle's C: look for a leak."))
     flags += _missing_values(data)
+    flags += _fitted_on(data)
     for text, rows in _run_warnings(data).items():
         flags.append(Flag("note", f"{text} [{fmt.listing(rows, 3)}]"))
     return flags
+
+
+def _fitted_on(data: ReportData) -> list[Flag]:
+    """Linear rows see more patients than neural ones when these keep the inner part for choosing the epoch."""
+    neural, linear = [], []
+    for name in data.names:
+        runs = data.runs_of(name)
+        if data.model_of(name) == "random" or not runs:
+            continue
+        (neural if any(is_neural(r) for r in runs) else linear).append(name)
+    sizes = [
+        (int(r.facts["n_train"]), int(r.facts["n_inner"]))
+        for name in neural
+        for r in data.runs_of(name)
+        if r.facts.get("n_train") and r.facts.get("n_inner")
+    ]
+    if not linear or not sizes:
+        return []
+    rules = {(r.facts.get("training") or {}).get("epoch_rule") for name in neural for r in data.runs_of(name)}
+    use = "choosing the epoch" if "inner_best" in rules else "following the training"
+    both, train, inner = (
+        fmt.span(v) for v in ([t + i for t, i in sizes], [t for t, _ in sizes], [i for _, i in sizes])
+    )
+    return [
+        Flag(
+            "note",
+            f"{words.listed(linear)} {'was' if len(linear) == 1 else 'were'} fitted on training and inner validation "
+            f"patients together ({both}); {words.listed(neural)} on the training patients alone ({train}), because "
+            f"the inner validation ({inner}) is kept for {use}.",
+        )
+    ]
 
 
 _LABEL = {"harrell_c": "C", "uno_c": "Uno's C", "auc": "AUC", "ibs": "IBS", "ipa": "IPA"}
@@ -223,14 +260,15 @@ def _missing_values(data: ReportData) -> list[Flag]:
     runs = data.repeats * data.folds
     said: dict[tuple[str, ...], tuple[list[str], list[str]]] = {}
     for (name, metric), part in gone.groupby(["name", "metric"], sort=False):
-        why = tuple(words.reasons(part, data.horizon)) or ("no reason given",)
+        why = tuple(words.reasons(part, data.horizon, repeats=data.repeats)) or ("no reason given",)
         names, metrics = said.setdefault((f"{len(part)} of {fmt.plural(runs, 'fold')}", *why), ([], []))
         names += [name] if name not in names else []
         metrics += [_LABEL.get(metric, str(metric))] if _LABEL.get(metric, str(metric)) not in metrics else []
     return [
         Flag(
             "caution",
-            f"{words.listed(metrics)} of {words.listed(names)} could not be computed in {where}: {'; '.join(why)}.",
+            f"{words.listed(metrics)} of {words.listed(names)} could not be computed in {where}: {'; '.join(why)}. "
+            "A mean over the other folds is not given.",
         )
         for (where, *why), (names, metrics) in said.items()
     ]

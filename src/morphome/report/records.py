@@ -81,7 +81,7 @@ def _audit(audit: pd.DataFrame, names: dict[str, str]) -> View | None:
     more = f"; the first {MOST_AUDIT_ROWS}, all in slides.csv" if len(audit) > MOST_AUDIT_ROWS else ""
     view = View(
         "audit",
-        f"All slides: microns per pixel (mpp) and tiling{more}",
+        f"All slides{': microns per pixel (mpp) and tiling' if _mpp_sources(audit) else ''}{more}",
         [Column(_AUDIT[c][0], "text" if _AUDIT[c][1] is None else "num") for c in known],
     )
     for row in audit.head(MOST_AUDIT_ROWS).to_dict("records"):

@@ -10,7 +10,8 @@ from markupsafe import Markup
 from morphome.report import figures, marks, tables, words
 from morphome.report import format as fmt
 from morphome.report.format import Column, View
-from morphome.report.inputs import ReportData
+from morphome.report.inputs import ReportData, is_neural
+from morphome.splits import HORIZON_NOTE
 
 
 def flow(data: ReportData) -> list[dict[str, Any]]:
@@ -119,9 +120,24 @@ def splits(data: ReportData, table: pd.DataFrame) -> dict[str, Any]:
         "repeats": data.repeats,
         "folds": data.folds,
         "horizon": tau,
-        "reason": data.facts.get("horizon_reason") or "",
+        "reason": words.sentence(data.facts.get("horizon_reason") or ""),
+        "note": _horizon_note(data),
         "candidates": _candidates(data.facts.get("horizon_table")),
     }
+
+
+def _horizon_note(data: ReportData) -> str:
+    """That the horizon was there before the models, and which of them use it as their last bin edge."""
+    if data.horizon is None:
+        return ""
+    note = str(data.facts.get("horizon_note") or HORIZON_NOTE)
+    with_it = [
+        name
+        for name in data.names
+        for run in data.runs_of(name)[:1]
+        if is_neural(run) and (run.facts.get("training") or {}).get("bin_edges") == "horizon"
+    ]
+    return f"{note} It is also the last edge of the time bins of {words.listed(with_it)}." if with_it else note
 
 
 def _candidates(table: Any) -> View | None:
@@ -176,7 +192,7 @@ def models(data: ReportData, table: pd.DataFrame, paired: pd.DataFrame) -> dict[
             Column("Size, time", "num", "trained parameters; wall clock of training, all folds and repeats"),
         ],
     )
-    rankable = table[table["model"] != "random"]["harrell_c"]
+    rankable = table[(table["model"] != "random") & (table["runs_constant"] == 0)]["harrell_c"]
     best = rankable.idxmax() if rankable.notna().any() else None
     for index, row in table.iterrows():
         values = per_fold.loc[per_fold["name"] == row["name"], "value"].tolist()
@@ -231,7 +247,7 @@ def _metric(data: ReportData, view: View, row: pd.Series, metric: str, digits: i
     at = (data.metrics["name"] == row["name"]) & (data.metrics["metric"] == metric)
     gone = data.metrics[at & data.metrics["value"].isna()]
     whole = str(row[f"{metric}_reason"] or "")
-    parts = words.reasons(gone, data.horizon, int(at.sum()))
+    parts = words.reasons(gone, data.horizon, int(at.sum()), data.repeats)
     if parts:
         # The summary names one reason of the folds and counts the rest; what it says on the interval is kept.
         parts += [words.tidy(t) for t in whole.split("; ") if t.startswith("no interval: ")]
@@ -311,7 +327,6 @@ def _per_fold(data: ReportData, per_fold: pd.DataFrame) -> View | None:
 
 def risk(data: ReportData) -> list[dict[str, Any]]:
     """One Kaplan-Meier figure per model with the facts below it; the random score comes too, as a control."""
-    quick = data.repeats == 1
     cards = []
     for name in data.names:
         curves = data.km[data.km["name"] == name]
@@ -323,10 +338,7 @@ def risk(data: ReportData) -> list[dict[str, Any]]:
             f"Hazard ratio high : low {hr}" if not fmt.is_missing(facts.get("hazard_ratio")) else "No hazard ratio"
         ]
         if not fmt.is_missing(facts.get("logrank_chi2")):
-            test = f"log-rank χ² {fmt.number(facts['logrank_chi2'], 1)}"
-            if not quick and not fmt.is_missing(facts.get("logrank_p")):
-                test += f", p {_p(facts['logrank_p'])}"
-            lines.append(f"{test} (descriptive)")
+            lines.append(f"log-rank χ² {fmt.number(facts['logrank_chi2'], 1)} (descriptive)")
         if not fmt.is_missing(facts.get("rmst_high_months")) and data.horizon is not None:
             lines.append(
                 f"restricted mean survival to {data.horizon:g} months: "
@@ -350,7 +362,3 @@ def risk(data: ReportData) -> list[dict[str, Any]]:
             )
         cards.append({"name": name, "figure": figure, "text": "; ".join(lines)})
     return cards
-
-
-def _p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"= {value:.3f}"

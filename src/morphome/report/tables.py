@@ -9,7 +9,7 @@ import pandas as pd
 
 from morphome.report import format as fmt
 from morphome.report.inputs import ReportData
-from morphome.survival import censoring_km
+from morphome.survival import TIED_TOLERANCE, censoring_km
 
 METRICS = ("harrell_c", "uno_c", "auc", "ibs", "ipa")
 #: What a run may say that it needs, in a reader's words.
@@ -43,6 +43,15 @@ def panels(data: ReportData, name: str) -> list[str]:
     return [label for key, label in PANELS.items() if key in found] + sorted(found - set(PANELS))
 
 
+def constant_folds(data: ReportData, name: str) -> list[tuple[int, int]]:
+    """``(repeat, fold)`` where a row gave all patients the same risk, by its run or by its predictions."""
+    found = {(r.repeat, r.fold) for r in data.runs_of(name) if r.facts.get("constant_prediction")}
+    for key, risk in data.oof[data.oof["name"] == name].groupby(["repeat", "fold"])["risk"]:
+        if len(risk) > 1 and np.ptp(risk.to_numpy(dtype=float)) <= TIED_TOLERANCE:
+            found.add((int(key[0]), int(key[1])))
+    return sorted(found)
+
+
 def model_table(data: ReportData) -> pd.DataFrame:
     """One row per model: every metric with its interval, spread over folds and reason, and what it cost."""
     rows = []
@@ -63,7 +72,7 @@ def model_table(data: ReportData) -> pd.DataFrame:
         parameters = [r.facts.get("n_parameters") for r in runs if r.facts.get("n_parameters") is not None]
         row["n_parameters"] = float(np.median(parameters)) if parameters else np.nan
         row["train_seconds"] = float(sum(r.facts.get("seconds_total") or 0.0 for r in runs)) if runs else np.nan
-        row["runs_constant"] = sum(bool(r.facts.get("constant_prediction")) for r in runs)
+        row["runs_constant"] = len(constant_folds(data, name))
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -238,15 +247,10 @@ def failed_slides(data: ReportData) -> pd.DataFrame:
 
 
 def risk_groups(data: ReportData) -> pd.DataFrame:
-    """Risk groups; with a single partition the log-rank p is left out (see the note column)."""
-    table = data.risk_groups.copy()
+    """Risk groups. χ² describes; its p is left out: groups made by cross-validation do not have its distribution."""
+    table = data.risk_groups.drop(columns="logrank_p", errors="ignore")
     known = table["note"].iloc[0] if "note" in table and len(table) else ""
-    note = known or "descriptive: cross-validated groups"
-    if data.repeats == 1:
-        table["logrank_p"] = np.nan
-        note += "; no p-value with one partition of the cohort"
-    table["note"] = note
-    return table
+    return table.assign(note=f"{known or 'descriptive: cross-validated groups'}; no p-value")
 
 
 def run_times(data: ReportData) -> pd.DataFrame:

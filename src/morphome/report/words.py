@@ -48,13 +48,14 @@ def failure(reason: Any, slide_id: str) -> tuple[str, str]:
     return " ".join(what.split()), " ".join(remedy.split())
 
 
-def reasons(rows: pd.DataFrame, horizon: float | None, folds: int | None = None) -> list[str]:
+def reasons(rows: pd.DataFrame, horizon: float | None, folds: int | None = None, repeats: int = 1) -> list[str]:
     """Why values of single folds are missing, each kind of reason once.
 
     Args:
         rows: ``repeat, fold, reason`` of the missing values; several metrics of one fold may be among them.
         horizon: months.
-        folds: of how many folds; given, a reason that holds for only some of them says so.
+        folds: of how many folds; given, a reason that holds for only some of them says so and names them.
+        repeats: with more than one, folds are named with their repeat.
     """
     kinds: dict[str, list[tuple[tuple[int, int], str]]] = {}
     rows = rows[rows["reason"].astype(str) != ""]
@@ -68,16 +69,21 @@ def reasons(rows: pd.DataFrame, horizon: float | None, folds: int | None = None)
         if unidentified:
             until = f"; the horizon is {fmt.months(horizon)}" if horizon is not None else ""
             starts = [_UNIDENTIFIED.fullmatch(t)[1] for t in texts]
-            text = f"the model gives no survival probability after month {_values(starts, per_fold)}{until}"
+            text = f"the model gives no survival probability after month {_values(starts, per_fold, repeats)}{until}"
         else:
             text = merged(texts)
         if folds is not None and len(per_fold) < folds:
-            text = f"missing in {len(per_fold)} of {folds} folds: {text}"
+            named = (
+                f" ({_keys([key for key, _ in per_fold], repeats)})"
+                if len(per_fold) <= 5 and "(fold" not in text
+                else ""
+            )
+            text = f"missing in {len(per_fold)} of {folds} folds{named}: {text}"
         found.append(text)
     return found
 
 
-def _values(values: Sequence[str], per_fold: Sequence[tuple[tuple[int, int], str]]) -> str:
+def _values(values: Sequence[str], per_fold: Sequence[tuple[tuple[int, int], str]], repeats: int) -> str:
     """``16.9, 16.4 and 22.4 (folds 0, 1 and 2)``, or a range when they are many."""
     try:
         numbers = [float(v) for v in values]
@@ -87,9 +93,14 @@ def _values(values: Sequence[str], per_fold: Sequence[tuple[tuple[int, int], str
         return f"{numbers[0]:.3g}"
     if len(numbers) > 5:
         return f"{min(numbers):.3g} to {max(numbers):.3g} ({len(numbers)} folds)"
-    several = len({repeat for (repeat, _), _ in per_fold}) > 1
-    names = [f"r{repeat} f{fold}" if several else str(fold) for (repeat, fold), _ in per_fold]
-    return f"{listed([f'{n:.3g}' for n in numbers])} (folds {listed(names)})"
+    return f"{listed([f'{n:.3g}' for n in numbers])} ({_keys([key for key, _ in per_fold], repeats)})"
+
+
+def _keys(keys: Sequence[tuple[int, int]], repeats: int) -> str:
+    """``fold 1``, ``folds 0 and 2``; with repeats ``r0 f1``."""
+    several = repeats > 1 or len({repeat for repeat, _ in keys}) > 1
+    names = [f"r{repeat} f{fold}" if several else str(fold) for repeat, fold in keys]
+    return f"{'fold' if len(names) == 1 else 'folds'} {listed(names)}"
 
 
 def shape(text: Any) -> str:
@@ -115,6 +126,12 @@ def listed(items: Sequence[str]) -> str:
     """``a``, ``a and b``, ``a, b and c``."""
     items = list(items)
     return f"{', '.join(items[:-1])} and {items[-1]}" if len(items) > 1 else "".join(items)
+
+
+def sentence(text: str) -> str:
+    """A remark of a file as a sentence: capital first, full stop last."""
+    text = str(text).strip()
+    return text[:1].upper() + text[1:] + ("" if not text or text[-1] in ".!?" else ".")
 
 
 def check(name: str, unit: str) -> str:
