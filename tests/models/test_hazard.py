@@ -201,3 +201,35 @@ def test_edges_that_end_at_the_horizon():
 def test_no_event_before_the_horizon_is_an_error():
     with pytest.raises(MorphomeError, match="here"):
         hazard.bin_edges([30.0, 40.0], [1, 1], 4, "here", last_edge=24.0)
+
+
+def test_baseline_offsets_of_equal_logits_are_the_log_odds_of_the_life_table():
+    bins = np.array([0, 0, 0, 1, 1, 1, 2, 2])
+    event = np.array([1, 1, 0, 1, 0, 0, 1, 0])
+    # At risk 8, 5, 2, of whom 1, 2, 1 are censored in the bin and count half; 2, 1, 1 events.
+    h = np.array([2 / 7.5, 1 / 4, 1 / 1.5])
+    logits = np.tile([0.3, -2.0, 5.0], (8, 1))
+    np.testing.assert_allclose(hazard.baseline_offsets(logits, bins, event), np.log(h / (1 - h)) - logits[0])
+
+
+def test_baseline_offsets_minimise_the_likelihood_where_nobody_is_censored():
+    """Then the gradient of the NLL by the offsets is 0, with logits that differ between patients."""
+    generator = torch.Generator().manual_seed(2)
+    logits = 2 * torch.randn(50, 4, dtype=torch.float64, generator=generator)
+    bins = torch.randint(0, 4, (50,), generator=generator)
+    event = torch.ones(50)
+    found = hazard.baseline_offsets(logits, bins, event)
+    offsets = torch.tensor(found, requires_grad=True)
+    hazard.nll_loss(logits + offsets, bins, event).backward()
+    assert offsets.grad[:3].abs().max() < 1e-9  # in the last bin everybody left has the event: kept finite
+    assert np.isfinite(found[3])
+
+
+def test_baseline_offsets_stay_finite_at_no_event_all_events_and_nobody():
+    logits = np.array([[500.0, -500.0, 0.0], [-500.0, 500.0, 0.0]])
+    offsets = hazard.baseline_offsets(logits, np.array([1, 1]), np.array([1, 1]))
+    assert np.isfinite(offsets).all()
+    assert offsets[2] == 0
+    none, every = (hazard.baseline_offsets(np.zeros((4, 1)), np.zeros(4), np.full(4, e))[0] for e in (0, 1))
+    assert none == pytest.approx(math.log(0.5 / 1.5))  # four censored patients count as two
+    assert every == pytest.approx(math.log(3.5 / 0.5))

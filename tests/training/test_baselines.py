@@ -1,4 +1,4 @@
-"""Linear rows: inner folds, selection, by-hand values."""
+"""Linear rows: selection, by-hand values."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from morphome import survival
 from morphome.errors import MorphomeError
 from morphome.models.registry import MODELS
 from morphome.training import baselines
-from morphome.training.baselines import BASELINES, inner_cv_scores, inner_folds
-from morphome.training.data import Outcomes, load_fold
+from morphome.training.baselines import BASELINES
+from morphome.training.data import load_fold
 from morphome.training.run import make_model
 
 
@@ -25,12 +25,6 @@ def fitted(key, cohort, folder, settings, **changes):
     return model, fold, notes
 
 
-def outcomes(n: int, seed: int = 0) -> Outcomes:
-    rng = np.random.default_rng(seed)
-    ids = tuple(f"P{i}" for i in range(n))
-    return Outcomes(ids, rng.exponential(size=n) + 0.1, (rng.uniform(size=n) < 0.4).astype("int64"))
-
-
 def test_registry_agrees_with_the_model_table():
     expected = {key: info.needs for key, info in MODELS.items() if info.kind == "baseline"}
     assert {key: model.needs for key, model in BASELINES.items()} == expected
@@ -39,35 +33,6 @@ def test_registry_agrees_with_the_model_table():
 def test_an_unknown_model_is_refused():
     with pytest.raises(MorphomeError, match="no model 'nope'"):
         make_model("nope", {}, {}, 1)
-
-
-def test_inner_folds_are_stratified_and_follow_the_id_not_the_row():
-    data = outcomes(53)
-    folds = inner_folds(data, 5, seed=3)
-    assert np.ptp(np.bincount(folds)) <= 1
-    assert np.ptp(np.bincount(folds[data.event == 1])) <= 1
-    order = np.random.default_rng(1).permutation(53)
-    shuffled = Outcomes(tuple(data.ids[i] for i in order), data.time[order], data.event[order])
-    np.testing.assert_array_equal(inner_folds(shuffled, 5, seed=3), folds[order])
-    assert (inner_folds(data, 5, seed=4) != folds).any()
-
-
-def test_inner_scores_are_stratified_c():
-    data = outcomes(40)
-    folds = inner_folds(data, 4, seed=2)
-
-    def perfect_and_reversed_and_constant(fit, held):
-        assert not set(fit) & set(held)
-        t = data.time[held]
-        return np.stack([-t, t, np.zeros(len(t)), np.full(len(t), np.nan)])
-
-    scores = inner_cv_scores(data, 4, 2, 4, perfect_and_reversed_and_constant)
-    np.testing.assert_array_equal(scores[:3], [1.0, 0.0, 0.5])
-    assert np.isnan(scores[3])
-    risk = np.random.default_rng(4).normal(size=40)
-    counts = [survival.harrell(data.time[folds == k], data.event[folds == k], risk[folds == k]) for k in range(4)]
-    expected = sum(c.concordant for c in counts) / sum(c.comparable for c in counts)
-    np.testing.assert_allclose(inner_cv_scores(data, 4, 2, 1, lambda _, held: risk[held][None]), [expected])
 
 
 def test_random_score_is_stable(planted, settings_of, tmp_path):
@@ -125,7 +90,7 @@ def test_coxnet_finds_the_planted_genes_and_ignores_constant_columns(planted, se
 def test_a_coxnet_without_any_gene_is_not_chosen(planted, settings_of, tmp_path, monkeypatch):
     """The strongest penalty leaves no gene on all training patients; even the best inner score must not pick it."""
 
-    def best_at_the_strongest(data, folds, seed, n, score_fold):
+    def best_at_the_strongest(data, membership, n, score_fold):
         return np.linspace(0.9, 0.5, n)
 
     monkeypatch.setattr(baselines, "inner_cv_scores", best_at_the_strongest)

@@ -18,6 +18,7 @@ from morphome.training.data import load_fold
 from morphome.training.run import load_run, run_train
 
 KEYS = list(MODELS)
+NEURAL_KEYS = [key for key in KEYS if MODELS[key].kind == "neural"]
 
 
 def train(key, files, out, settings_of, fold=0, **training):
@@ -36,14 +37,15 @@ def files(planted, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(files, settings_of, tmp_path_factory):
-    """Folder and predictions of one run per model, made once."""
+    """Folder and predictions of one run per model and change of the training settings, made once."""
     made = {}
 
-    def get(key):
-        if key not in made:
+    def get(key, **training):
+        name = (key, *sorted(training.items()))
+        if name not in made:
             out = tmp_path_factory.mktemp(key)
-            made[key] = (out, train(key, files, out, settings_of))
-        return made[key]
+            made[name] = (out, train(key, files, out, settings_of, **training))
+        return made[name]
 
     return get
 
@@ -56,10 +58,12 @@ def test_every_model_has_exactly_the_settings_of_the_schema(tiny_models, setting
     assert set(settings_of("random")["model"]["training"]) == set(parts["training"]["properties"])
 
 
-@pytest.mark.parametrize("key", KEYS)
-def test_leak_canary_test_outcomes(key, planted, runs, settings_of, tmp_path):
+@pytest.mark.parametrize(
+    ("key", "edges"), [(key, "quantile") for key in KEYS] + [(key, "horizon") for key in NEURAL_KEYS]
+)
+def test_leak_canary_test_outcomes(key, edges, planted, runs, settings_of, tmp_path):
     """Other outcomes for the test patients: the same bytes of the model, the same predictions, the same history."""
-    base, first = runs(key)
+    base, first = runs(key, bin_edges=edges)
     cohort = planted()
     patients = cohort.patients.copy()
     test = patients["patient_id"].isin(first.index[first["role"] == "test"])
@@ -68,7 +72,7 @@ def test_leak_canary_test_outcomes(key, planted, runs, settings_of, tmp_path):
         patients.loc[test, column] = patients.loc[test, column].to_numpy()[order]
     patients.loc[test, "time_months"] *= 3.7
     other = cohort.with_(patients=patients)
-    second = train(key, other.write(tmp_path / "cohort"), tmp_path / "out", settings_of)
+    second = train(key, other.write(tmp_path / "cohort"), tmp_path / "out", settings_of, bin_edges=edges)
     assert (
         second.loc[second["role"] == "test", "time_months"] != first.loc[second["role"] == "test", "time_months"]
     ).all()
@@ -104,6 +108,40 @@ def test_leak_canary_test_features(key, planted, runs, settings_of, tmp_path):
     pd.testing.assert_frame_equal(first[seen], second[seen], check_exact=True)
     if key != "random":
         assert (first.loc[~seen, "risk"] != second.loc[~seen, "risk"]).all()
+
+
+@pytest.mark.parametrize("edges", ["quantile", "horizon"])
+@pytest.mark.parametrize("key", NEURAL_KEYS)
+def test_leak_canary_inner_patients(key, edges, planted, runs, settings_of, tmp_path):
+    """With the last epoch kept, the inner patients decide nothing: with noise in their bags and genes and other
+    outcomes, every weight and everything that is fitted stays the same, byte by byte."""
+    how = {"epoch_rule": "last", "bin_edges": edges}
+    base, first = runs(key, **how)
+    cohort = planted()
+    rng = np.random.default_rng(6)
+    inner = list(first.index[first["role"] == "inner_val"])
+    owner = cohort.slides.set_index("slide_id")["patient_id"]
+    bags = {s: 9 * rng.normal(size=(5, b.shape[1])) if owner[s] in inner else b for s, b in cohort.bags.items()}
+    patients = cohort.patients.copy()
+    rows = patients["patient_id"].isin(inner)
+    patients.loc[rows, "time_months"] = patients.loc[rows, "time_months"].to_numpy()[::-1] * 3.7
+    patients.loc[rows, "event"] = 1 - patients.loc[rows, "event"]
+    panels = {}
+    for name, panel in cohort.panels.items():
+        panels[name] = panel.copy()
+        noise = 50 * rng.normal(size=(len(inner), panel.shape[1] - 1)).astype("f4")
+        panels[name].loc[rows, list(panel.columns[1:])] = noise
+    other = cohort.with_(bags=bags, patients=patients, panels=panels)
+    second = train(key, other.write(tmp_path / "cohort"), tmp_path / "out", settings_of, **how)
+    before, after = (load_model(folder / "model.safetensors")[0] for folder in (base, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert value.tobytes() == after[name].tobytes(), name
+    seen = first["role"] == "inner_val"
+    pd.testing.assert_frame_equal(first[~seen], second[~seen], check_exact=True)
+    assert (first.loc[seen, "risk"] != second.loc[seen, "risk"]).all()
+    assert (history(base)["inner_loss"] != history(tmp_path / "out")["inner_loss"]).all()
+    assert list(history(base)["train_loss"]) == list(history(tmp_path / "out")["train_loss"])
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -162,6 +200,8 @@ def test_files_of_a_run(key, runs, planted):
     assert (facts["n_train"], facts["n_inner"], facts["n_test"]) == tuple(
         int((roles == role).sum()) for role in ("train", "inner_val", "test")
     )
+    fitted_on = ["train"] if key in NEURAL_KEYS else ["train", "inner_val"]
+    assert facts["n_fitted"] == int(roles.isin(fitted_on).sum())
     assert facts["model"] == key
     assert facts["constant_prediction"] is False
     assert facts["needs"] == sorted(MODELS[key].needs)
@@ -174,6 +214,10 @@ def test_files_of_a_run(key, runs, planted):
     assert (len(routing) > 0) == (key == "mome")
     arrays, _ = load_model(out / "model.safetensors")
     assert all(name.startswith(("weights/", "fitted/")) for name in arrays)
+    if key in NEURAL_KEYS:
+        assert arrays["fitted/baseline_offsets"].shape == (len(arrays["fitted/bin_edges"]) + 1,)
+        assert arrays["fitted/baseline_offsets"].dtype == np.float64
+        assert arrays["fitted/baseline_offsets"].all()  # or the test of the reload would say nothing about them
 
 
 @pytest.mark.parametrize("key", [key for key in KEYS if key != "random"])

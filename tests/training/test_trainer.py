@@ -12,7 +12,8 @@ from torch import nn
 import morphome.training.trainer as trainer
 from morphome.errors import MorphomeError
 from morphome.training.data import load_fold
-from morphome.training.trainer import EpochChoice, NeuralModel, sampling_weights, torch_state
+from morphome.training.objective import sampling_weights
+from morphome.training.trainer import NeuralModel, torch_state
 
 TIMES = np.linspace(1.0, 6.0, 4)
 
@@ -125,12 +126,16 @@ def test_class_balanced_sampling(tiny, fold, settings_of):
 def test_subsampling_in_training_only_and_roles_stay_apart(tiny, fold, settings_of):
     model, _ = trained(fold, settings_of, epochs=2, max_patches=7)
     test, inner = set(fold.ids("test")), set(fold.ids("inner_val"))
-    for training, patient, size in model.module.seen:
+    n = len(fold.ids("train"))
+    epochs, recalibration = model.module.seen[:-n], model.module.seen[-n:]
+    for training, patient, size in epochs:
         full = len(fold.bag(patient)[0])
         assert patient not in test
         assert (patient in inner) == (not training)
         assert size == (min(7, full) if training else full)
-    assert {p for t, p, _ in model.module.seen if not t} == inner
+    assert {p for t, p, _ in epochs if not t} == inner
+    # At the end each training patient once, with the whole bag and without dropout.
+    assert recalibration == [(False, p, len(fold.bag(p)[0])) for p in fold.ids("train")]
     assert any(len(fold.bag(p)[0]) > 7 for p in fold.ids("train"))
 
 
@@ -142,24 +147,6 @@ def test_drawn_patches_keep_their_order(tiny, fold, settings_of):
     at = [int(np.flatnonzero((full == row).all(axis=1))[0]) for row in part]
     assert at == sorted(at)
     assert len(at) == 4
-
-
-def test_epoch_choice():
-    choice = EpochChoice("inner_best", patience=3)
-    seen = [(0.6, 1.0), (0.7, 1.0), (0.7, 0.9), (0.7, 0.95), (0.65, 0.1), (0.9, 2.0)]
-    kept, stops = [], []
-    for epoch, (c, loss) in enumerate(seen[:5], start=1):
-        kept.append(choice.update(epoch, c, loss))
-        stops.append(choice.stop)
-    assert kept == [True, True, True, False, False]
-    assert stops == [False, False, False, False, True]  # three epochs without a higher C
-    assert choice.epoch == 3
-    last = EpochChoice("last", patience=1)
-    assert all(last.update(e, c, loss) for e, (c, loss) in enumerate(seen, start=1))
-    assert (last.epoch, last.stop) == (6, False)
-    none = EpochChoice("inner_best", patience=2)
-    assert [none.update(e, math.nan, loss) for e, loss in enumerate([3.0, 2.0, 2.5], start=1)] == [True, True, False]
-    assert none.epoch == 2
 
 
 def test_the_chosen_epoch_is_restored(tiny, fold, settings_of):
@@ -231,17 +218,33 @@ def test_a_loss_that_is_not_finite_names_epoch_and_patient(tiny, fold, settings_
         trained(fold, settings_of, epochs=1, sampler="shuffle")
 
 
+@pytest.mark.parametrize("sampler", ["class_balanced", "shuffle"])
+def test_curves_are_recalibrated_on_the_chosen_state_and_each_training_patient_once(tiny, fold, settings_of, sampler):
+    model, _ = trained(fold, settings_of, epochs=4, learning_rate=0.3, sampler=sampler)
+    train = fold.outcomes("train")
+    logits, _ = model._evaluate(fold, train.ids, 0)
+    bins = trainer.hazard.bin_index(train.time, model.objective.edges)
+    h = 1 / (1 + np.exp(-logits - model.objective.offsets))
+    for k in range(h.shape[1]):
+        weight = np.where((bins == k) & (train.event == 0), 0.5, 1.0)[bins >= k]
+        observed = train.event[bins == k].sum().clip(0.5, weight.sum() - 0.5)
+        np.testing.assert_allclose(weight @ h[bins >= k, k], observed)
+    np.testing.assert_array_equal(model.arrays()["fitted/baseline_offsets"], model.objective.offsets)
+    risk, curves = model.predict(fold, train.ids, model.objective.edges)
+    np.testing.assert_allclose(curves, np.cumprod(1 - h, axis=1)[:, :-1])
+    np.testing.assert_allclose(risk, -np.cumprod(1 / (1 + np.exp(logits)), axis=1).sum(axis=1))
+
+
 def test_survival_curves_match_the_hazards_and_stop_at_the_last_edge(tiny, fold, settings_of):
     model, _ = trained(fold, settings_of, epochs=1)
     edges = model.objective.edges
     logits = np.array([[0.5, -1.0, 0.2]])
     times = np.array([0.0, edges[0] / 2, edges[0], edges[1], edges[1] + 1e-6])
     risk, curve = model.objective.prediction(logits, times)
-    hazard = 1 / (1 + np.exp(-logits[0]))
-    s = np.cumprod(1 - hazard)
+    raw, s = (np.cumprod(1 / (1 + np.exp(logits[0] + b))) for b in (0.0, model.objective.offsets))
     np.testing.assert_allclose(curve[0, :4], [1.0, np.sqrt(s[0]), s[0], s[1]])
     assert np.isnan(curve[0, 4])
-    np.testing.assert_allclose(risk, [-s.sum()])
+    np.testing.assert_allclose(risk, [-raw.sum()])
     assert risk.dtype == np.float64
 
 

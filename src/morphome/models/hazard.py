@@ -5,7 +5,8 @@ Notation: K time bins, ``Y`` the bin of a patient's time, ``h_k = sigmoid(logit_
 space, so nothing is clamped.
 
 References: Zadeh and Schmid, IEEE TPAMI 43 (2021) 3126 (likelihood of discrete hazards); Breslow, Biometrics 30
-(1974) 89 and Efron, JASA 72 (1977) 557 (ties in the Cox likelihood).
+(1974) 89 and Efron, JASA 72 (1977) 557 (ties in the Cox likelihood); King and Zeng, Political Analysis 9 (2001) 137
+(intercepts after outcome-dependent sampling).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
+from scipy.optimize import brentq
+from scipy.special import expit
 from torch import Tensor
 
 from morphome.errors import MorphomeError, MorphomeWarning
@@ -126,6 +129,39 @@ def bin_edges(time: ArrayLike, event: ArrayLike, n_bins: int, where: str, last_e
 def bin_index(time: ArrayLike, edges: ArrayLike) -> np.ndarray:
     """Y = #{k : time >= q_k}, (n,) int64; bins are closed on the left. ``edges`` as from :func:`bin_edges`."""
     return np.searchsorted(np.asarray(edges, dtype=np.float64), np.asarray(time, dtype=np.float64), "right")
+
+
+def baseline_offsets(logits: ArrayLike, bins: ArrayLike, event: ArrayLike) -> np.ndarray:
+    """One offset b_k per bin such that expected and observed events agree: sum w_ik sigmoid(logit_ik + b_k) = d_k.
+
+    The sum runs over those at risk in bin k, Y >= k. Who is censored in the bin counts half (w = 1/2, else 1): the
+    actuarial convention of life tables. :func:`nll_loss` counts such a patient as surviving the whole bin, which
+    lifts survival where bins are years wide. d_k, the events with Y = k, is kept 0.5 away from 0 and from the number
+    at risk, where b_k would be infinite. The order of patients in a bin is kept.
+
+    Args:
+        logits: (n, K). bins: Y, (n,). event: 1 = observed, (n,).
+
+    Returns:
+        (K,) float64; 0 for a bin that nobody reaches.
+    """
+    logits, bins = np.asarray(logits, dtype=np.float64), np.asarray(bins)
+    event = np.asarray(event).astype(bool)
+    offsets = np.zeros(logits.shape[1])
+    for k in range(logits.shape[1]):
+        reached = bins >= k
+        at_risk = logits[reached, k]
+        if not at_risk.size:
+            continue
+        weight = np.where(~event & (bins == k), 0.5, 1.0)[reached]
+        total = weight.sum()
+        low = min(0.5, total / 2)
+        observed = min(max(float((event & (bins == k)).sum()), low), total - low)
+        # 40 beyond the extreme logit every hazard is 0 or 1 in double precision.
+        offsets[k] = brentq(
+            lambda b, x=at_risk, w=weight, d=observed: w @ expit(x + b) - d, -40 - at_risk.max(), 40 - at_risk.min()
+        )
+    return offsets
 
 
 def survival_curve(log_s: Tensor, edges: ArrayLike, times: ArrayLike) -> Tensor:

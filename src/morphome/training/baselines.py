@@ -1,13 +1,14 @@
 """Rows that every table needs: random score, clinical Cox, elastic-net Cox on genes, mean-pool ridge Cox on slides.
 
 They are fitted on all training patients (roles "train" and "inner_val"); those with a penalty choose it by
-cross-validation inside that set, with the scalers refitted in every inner fold.
+cross-validation inside that set, with the scalers refitted in every inner fold and with whole sites held out when the
+outer folds hold out whole sites.
 """
 
 from __future__ import annotations
 
 import time as clock
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,6 +17,7 @@ import pandas as pd
 from morphome import survival
 from morphome.errors import MorphomeError
 from morphome.training.data import Column, FoldData, Outcomes, derive_seed
+from morphome.training.inner_cv import inner_cv_scores, inner_membership
 from morphome.training.preprocess import Arrays, ClinicalEncoder, ColumnScaler
 
 FIT_ROLES = ("train", "inner_val")
@@ -32,6 +34,7 @@ class Baseline:
     key: ClassVar[str]
     needs: ClassVar[frozenset[str]]
     experts: ClassVar[tuple[str, ...]] = ()
+    fit_roles: ClassVar[tuple[str, ...]] = FIT_ROLES
 
     def __init__(self, settings: Mapping[str, Any], training: Mapping[str, Any], seed: int) -> None:
         """Args:
@@ -229,7 +232,8 @@ class CoxnetGenes(_Cox):
             keys = [round(np.log(alpha), 9) for alpha in alphas]
             return np.stack([design @ found[key] if key in found else empty for key in keys])
 
-        scores = inner_cv_scores(data, self.settings["inner_folds"], self.seed, len(alphas), score_fold)
+        membership = inner_membership(fold, data, self.settings["inner_folds"], self.seed, notes)
+        scores = inner_cv_scores(data, membership, len(alphas), score_fold)
         # The largest penalties leave no gene in the fit on all training patients, although some entered in the
         # smaller inner folds: an empty fit is no candidate, unless every fit is empty.
         filled = np.array([coef.any() for _, coef in path])
@@ -298,7 +302,8 @@ class MeanPoolCox(_Cox):
             fits = [survival.fit_cox_ridge(inner, data.time[fit], data.event[fit], r) for r in ridges]
             return np.stack([outer @ np.asarray(f.coef) for f in fits])
 
-        scores = inner_cv_scores(data, self.settings["inner_folds"], self.seed, len(ridges), score_fold)
+        membership = inner_membership(fold, data, self.settings["inner_folds"], self.seed, notes)
+        scores = inner_cv_scores(data, membership, len(ridges), score_fold)
         best = self._choose(scores, ridges, notes, fold.where)
         self._scaler, self._components = self._axes(pooled)
         z = self._scaler.transform(pooled)
@@ -351,54 +356,6 @@ class MeanPoolCox(_Cox):
 BASELINES: dict[str, type[Baseline]] = {
     model.key: model for model in (RandomScore, ClinicalCox, CoxnetGenes, MeanPoolCox)
 }
-
-
-def inner_folds(data: Outcomes, folds: int, seed: int) -> np.ndarray:
-    """Inner fold (n,) of each patient: stratified by event, by the hash of seed and patient id.
-
-    Row order and the outcomes of others do not matter; every fold gets its share of events (±1).
-    """
-    fold = np.empty(len(data.ids), dtype=np.int64)
-    start = 0
-    for stratum in (1, 0):
-        members = sorted(np.flatnonzero(data.event == stratum), key=lambda i: derive_seed("inner", seed, data.ids[i]))
-        for place, i in enumerate(members):
-            fold[i] = (start + place) % folds
-        start += len(members)
-    return fold
-
-
-def inner_cv_scores(
-    data: Outcomes,
-    folds: int,
-    seed: int,
-    n_settings: int,
-    score_fold: Callable[[np.ndarray, np.ndarray], np.ndarray],
-) -> np.ndarray:
-    """Stratified C of each setting: concordant over comparable pairs, both summed within inner folds.
-
-    Args:
-        score_fold: ``(rows to fit, rows held out) -> (n_settings, held out)`` risks; NaN where a fit failed.
-
-    Returns:
-        (n_settings,) float64; NaN without any comparable pair.
-    """
-    folds = max(2, min(folds, int(data.event.sum()), len(data.ids) // 2))
-    membership = inner_folds(data, folds, seed)
-    concordant, comparable = np.zeros(n_settings), np.zeros(n_settings)
-    for k in range(folds):
-        fit, held = np.flatnonzero(membership != k), np.flatnonzero(membership == k)
-        if not data.event[fit].any() or not data.event[held].any():
-            continue
-        risks = score_fold(fit, held)
-        for s in range(n_settings):
-            if np.isnan(risks[s]).any():
-                concordant[s] = np.nan
-                continue
-            pairs = survival.harrell(data.time[held], data.event[held], risks[s])
-            concordant[s] += pairs.concordant + 0.5 * pairs.tied_risk
-            comparable[s] += pairs.comparable
-    return np.where(comparable > 0, concordant / np.maximum(comparable, 1.0), np.nan)
 
 
 def _linear(design: np.ndarray, coef: np.ndarray) -> np.ndarray:

@@ -53,6 +53,7 @@ class FoldData:
         groups: columns of each gene group, in file order of the groups.
         where: "repeat r, fold f", for messages.
         lost: rows that a join left out, by reason.
+        scheme: how the outer folds were drawn ("site", "random", "published"); empty when it is not known.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class FoldData:
         groups: Mapping[str, Sequence[Column]] | None = None,
         where: str = "",
         lost: Mapping[str, int] | None = None,
+        scheme: str = "",
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         """Args:
@@ -87,6 +89,7 @@ class FoldData:
                 self.table[column] = self.table[column].astype("float64").mask(test)
         self.where = where
         self.lost = dict(lost or {})
+        self.scheme = scheme
         self.groups = {name: tuple(Column(*c) for c in columns) for name, columns in (groups or {}).items()}
         self._index = index
         self._panels = dict(panels or {})
@@ -228,6 +231,7 @@ def load_fold(
     table = read_parquet(patients, "morphome.analysis")
     _unique(table, str(patients))
     roles = read_parquet(splits, "morphome.splits")
+    scheme = str(roles.attrs.get("scheme", ""))
     where = f"repeat {repeat}, fold {fold}"
     roles = roles[(roles["repeat"] == repeat) & (roles["fold"] == fold)]
     if roles.empty:
@@ -261,6 +265,7 @@ def load_fold(
         groups={name: [Column(c["panel"], c["gene"]) for c in columns] for name, columns in named.items()},
         where=where,
         lost={"analysed patients without a role in this fold": len(table) - len(joined)},
+        scheme=scheme,
     )
     outcomes = joined.sort_values("patient_id")[["patient_id", "role", "time_months", "event"]]
     return fold_data, outcomes.reset_index(drop=True)

@@ -192,6 +192,7 @@ def run_train(
             "n_train": int(roles.get("train", 0)),
             "n_inner": int(roles.get("inner_val", 0)),
             "n_test": int(roles.get("test", 0)),
+            "n_fitted": len(data.ids(*model.fit_roles)),
             "n_parameters": model.n_parameters,
             "best_epoch": model.best_epoch,
             "epochs_run": len(history),

@@ -2,8 +2,9 @@
 
 Adam with L2, one patient at a time, gradients accumulated over a window, sampling balanced over time bin × status.
 The last window of an epoch is stepped like the others, a window is divided by its true size, auxiliary losses are
-divided like the main one, an empty class gets weight 0, seeds differ per fold and repeat, and the epoch is chosen on
-the inner validation part of the training fold. Evaluation sees whole bags.
+divided like the main one, an empty class gets weight 0, seeds differ per fold and repeat, the epoch is chosen on the
+inner validation part of the training fold, and the survival curves are recalibrated to the event rates that the
+balanced sampling hides. Evaluation sees whole bags.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from morphome.models import hazard
 from morphome.models.batch import Batch
 from morphome.models.registry import NEURAL, Dims, build
 from morphome.training.data import Column, FoldData, Outcomes, derive_seed
+from morphome.training.objective import EpochChoice, HazardObjective, sampling_weights
 from morphome.training.preprocess import Arrays, ColumnScaler
 
 DIAGNOSTIC_COLUMNS = ["epoch", "layer", "patient_id", "role", "expert", "p0", "p1", "p2", "p3", "entropy"]
@@ -64,79 +66,14 @@ def choose_device(asked: str) -> str:
     return "cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def sampling_weights(bins: np.ndarray, event: np.ndarray) -> np.ndarray:
-    """Probability of each patient such that every class (bin × status) that has members is drawn equally often.
-
-    Args:
-        bins, event: (n,) integers.
-
-    Returns:
-        (n,) float64, sum 1. Proportional to N/|class|, as in the lineage.
-    """
-    classes = 2 * np.asarray(bins) + np.asarray(event)
-    _, place, sizes = np.unique(classes, return_inverse=True, return_counts=True)
-    weight = len(classes) / sizes[place]
-    return weight / weight.sum()
-
-
-class EpochChoice:
-    """Which epoch is kept, and when to stop.
-
-    ``inner_best``: the highest inner C, of equal ones the lower inner loss; stop after ``patience`` epochs without a
-    higher C. While C cannot be computed the inner loss decides. ``last``: the last epoch.
-    """
-
-    def __init__(self, rule: str, patience: int) -> None:
-        self.rule, self.patience = rule, patience
-        self.best: tuple[float, float] | None = None
-        self.epoch = 0
-        self._waited = 0
-
-    def update(self, epoch: int, c: float, loss: float) -> bool:
-        """Take in an epoch; True when its state is the one to keep."""
-        if self.rule == "last":
-            self.epoch = epoch
-            return True
-        score = (-math.inf if math.isnan(c) else c, -loss)
-        kept = self.best is None or score > self.best
-        higher = self.best is None or score[0] > self.best[0] or (score[0] == -math.inf and kept)
-        self._waited = 0 if higher else self._waited + 1
-        if kept:
-            self.best, self.epoch = score, epoch
-        return kept
-
-    @property
-    def stop(self) -> bool:
-        """True after ``patience`` epochs without a higher C."""
-        return self.rule != "last" and self._waited >= self.patience
-
-
-class HazardObjective:
-    """Loss, risk and survival curve of models with a discrete-hazard head (time bins fitted on "train")."""
-
-    def __init__(self, edges: np.ndarray) -> None:
-        self.edges = edges
-
-    def loss(self, output: Mapping[str, Any], time: float, event: int, beta: float) -> torch.Tensor:
-        """Negative log-likelihood of one patient."""
-        logits = output["logits"]
-        bins = torch.as_tensor(hazard.bin_index([time], self.edges), device=logits.device)
-        status = torch.tensor([event], device=logits.device)
-        return hazard.nll_loss(logits, bins, status, beta)
-
-    def prediction(self, logits: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Risk (n,) and S(t) (n, T) from logits (n, K) float64."""
-        tensor = torch.from_numpy(logits)
-        curves = hazard.survival_curve(hazard.log_survival(tensor), self.edges, times).numpy()
-        return hazard.risk(tensor).numpy().copy(), curves
-
-
 class NeuralModel:
     """A model of the neural registry with everything that is fitted around it.
 
     The interface is that of :class:`morphome.training.baselines.Baseline`. Everything is fitted on the role "train"
     only: the inner validation part stays as unseen as the test part.
     """
+
+    fit_roles = ("train",)
 
     def __init__(
         self,
@@ -241,6 +178,9 @@ class NeuralModel:
             )
         self.best_epoch = choice.epoch
         self.module.load_state_dict(state)
+        # Each training patient once, whatever the sampler drew.
+        logits, _ = self._evaluate(fold, train.ids, choice.epoch)
+        self.objective.recalibrate(logits, train.time, train.event)
 
     def _epoch(self, fold: FoldData, train: Outcomes, optimizer: torch.optim.Optimizer, epoch: int) -> float:
         """One pass; the mean of the objective over the patients drawn."""
@@ -395,6 +335,7 @@ class NeuralModel:
         """Weights and fitted state as tensors."""
         state = {f"weights/{k}": v.detach().cpu().numpy() for k, v in self.module.state_dict().items()}
         state["fitted/bin_edges"] = self.objective.edges
+        state["fitted/baseline_offsets"] = self.objective.offsets
         if self._scaler is not None:
             state |= self._scaler.arrays("fitted/genes")
         return state
@@ -416,7 +357,7 @@ class NeuralModel:
         self._groups = {name: np.array(at, dtype=np.int64) for name, at in facts["groups"]}
         self._scaler = ColumnScaler.restore(arrays, "fitted/genes") if self._columns else None
         self.best_epoch = facts["best_epoch"]
-        self.objective = HazardObjective(arrays["fitted/bin_edges"])
+        self.objective = HazardObjective(arrays["fitted/bin_edges"], arrays.get("fitted/baseline_offsets"))
         self.dims = self._dims(facts["d_in"], facts["n_bins"])
         with torch_state(self.threads, self.seed, self.device):
             self.module = build(self.key, self.settings, self.dims).to(self.device)
