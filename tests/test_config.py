@@ -41,7 +41,7 @@ def test_the_input_is_not_changed(demo):
     ("section", "content", "words"),
     [
         ("tiling", {"mpp": 0.5}, ["tiling.mpp", "unknown key", "did you mean 'mpp_target'", "Remedy"]),
-        ("tiling", {"patch_px": "256"}, ["tiling.patch_px", "integer", "Remedy"]),
+        ("tiling", {"patch_px": "many"}, ["tiling.patch_px", "integer", "Remedy"]),
         ("tiling", {"mpp_target": 50}, ["tiling.mpp_target", "maximum", "Microns per pixel"]),
         ("cohort", {"clinical": {"format": "excel", "path": "x"}}, ["cohort.clinical.format", "gdc_clinical"]),
         ("cohort", {}, ["cohort", "'clinical' is missing"]),
@@ -51,6 +51,8 @@ def test_the_input_is_not_changed(demo):
         ("models", {"mome": {"training": {"lr": 1}}}, ["models.mome.training.lr", "unknown key"]),
         ("models", {"mome": 3}, ["models.mome"]),
         ("modells", {"mome": None}, ["modells: unknown key", "did you mean 'models'"]),
+        ("features", {"path": "mine"}, ["features.path", "features.source: external"]),
+        ("models", {"mome": {"epochs": 3}}, ["models.mome.epochs", "training"]),
         ("features", {"source": "external"}, ["features.path", "Remedy"]),
         ("splits", {"scheme": "published"}, ["splits.folder", "Remedy"]),
         ("simulate", {"tiles_min": 200, "tiles_max": 100}, ["simulate.tiles_min", "Remedy"]),
@@ -109,6 +111,30 @@ def test_an_exponent_without_a_point_is_a_number(demo):
     full = check_config(demo)
     assert full["training"]["learning_rate"] == 1e-3
     assert full["models"]["mome"]["training"]["weight_decay"] == 1e-6
+
+
+def test_values_of_the_command_line_are_texts_and_mean_numbers(demo):
+    demo["training"] = {"epochs": "3"}
+    demo["evaluation"] = {"horizon_months": "18", "bootstrap": "10"}
+    demo["models"]["mome"] = {"value_conv": "false"}
+    full = check_config(demo)
+    assert full["training"]["epochs"] == 3
+    assert full["evaluation"]["horizon_months"] == 18
+    assert full["models"]["mome"]["settings"]["value_conv"] is False
+    demo["evaluation"] = {"horizon_months": "auto"}
+    assert check_config(demo)["evaluation"]["horizon_months"] == "auto"
+
+
+def test_a_wrong_training_value_is_one_line(demo):
+    demo["training"]["epochs"] = 0
+    assert refused(demo).count("training.epochs") == 1
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("training: {epochs: 1}\ntraining: {beta: 0}\n")
+    with pytest.raises(MorphomeError, match="'training' stands twice"):
+        load_config(path)
 
 
 def test_not_yaml_and_not_there(tmp_path):

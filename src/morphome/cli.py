@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ import typer
 from morphome import __version__
 from morphome.config import load_config
 from morphome.errors import MorphomeError
+from morphome.files import read_json
 from morphome.paths import Paths
 from morphome.steps import require_made_by, step_settings
 from morphome.workflow import run_folders, slide_paths
@@ -130,8 +132,12 @@ def _main(
 
 @step(START)
 def check(config: Config = DEFAULT) -> None:
-    """Check a configuration: keys, units, files. Prints where the report will be."""
+    """Check a configuration and its tables, without touching a slide or writing a result."""
+    from morphome.check import check_tables
+
     run = Run(config)
+    for line in check_tables(run.config):
+        print(line)
     print(f"{config}: fine. {len(run.config['models'])} models; the report will be {run.paths.report}")
 
 
@@ -176,6 +182,7 @@ def tile(slide: Slide, path: Annotated[Path, typer.Option(help="The slide file."
 
     run = Run(config)
     files = run.paths.tiles(slide)
+    _must_exist(path)
     run_tile(
         slide_path=path,
         slide_id=slide,
@@ -185,6 +192,8 @@ def tile(slide: Slide, path: Annotated[Path, typer.Option(help="The slide file."
         geojson_out=files.geojson,
         thumbnail_out=files.thumbnail,
     )
+    record = read_json(files.qc, "morphome.slide_qc")
+    _say(slide, record["status"], f"{record['n_tiles']} tiles", record["reason_code"], record["reason"])
 
 
 @step(SLIDES)
@@ -193,6 +202,7 @@ def encode(slide: Slide, path: Annotated[Path, typer.Option(help="The slide file
     from morphome.features.encode import run_encode
 
     run = Run(config)
+    _must_exist(path)
     run_encode(
         slide_path=path,
         slide_id=slide,
@@ -201,6 +211,8 @@ def encode(slide: Slide, path: Annotated[Path, typer.Option(help="The slide file
         h5_out=run.paths.features(slide),
         timing_out=run.paths.timing(slide),
     )
+    record = read_json(run.paths.timing(slide), "morphome.timing")
+    print(f"{slide}: {record['n_tiles']} tiles in {record['seconds_total']:.1f} s: {run.paths.features(slide)}")
 
 
 @step(SLIDES)
@@ -339,6 +351,17 @@ def report(config: Config = DEFAULT) -> None:
     print(f"report: {paths.report.resolve()}")
 
 
+def _must_exist(path: Path) -> None:
+    if not path.exists():
+        raise MorphomeError(f"{path}: there is no such slide file", "correct --path")
+
+
+def _say(slide: str, status: str, done: str, code: str, reason: str) -> None:
+    """One line on a slide; a bad slide is a result (the run goes on), not an error."""
+    print(f"{slide}: {done}" if status == "ok" else f"{slide}: {status}, {code}: {reason}")
+
+
 def main() -> None:
     """Entry point of ``morphome`` and ``python -m morphome``."""
+    warnings.showwarning = lambda message, *_, **__: print(f"morphome: warning: {message}", file=sys.stderr)
     app()

@@ -28,22 +28,43 @@ def schema() -> dict[str, Any]:
     return yaml.safe_load(SCHEMA_PATH.read_text(encoding="utf-8"))
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Safe YAML in which a key that stands twice is an error; plain YAML would keep the last one in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise yaml.YAMLError(f"the key '{key}' stands twice{key_node.start_mark}")
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
 def load_config(path: Path) -> dict[str, Any]:
-    """Read a YAML or JSON configuration, fill in the defaults and check it.
+    """Read a YAML or JSON configuration, fill in the defaults and check it. A key that stands twice is refused.
 
     Raises:
         MorphomeError: file missing, not YAML, or content that :func:`check_config` refuses.
     """
-    path = Path(path)
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise MorphomeError(f"{path}: empty or not a mapping", "see config.yaml for an example")
+    return check_config(content)
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file; a key that stands twice is refused.
+
+    Raises:
+        MorphomeError: file missing or not YAML.
+    """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except FileNotFoundError:
         raise MorphomeError(f"{path}: configuration file not found", "give an existing file") from None
     except yaml.YAMLError as error:
         raise MorphomeError(f"{path}: not valid YAML: {error}", "mend the file at that line") from None
-    if not isinstance(content, dict):
-        raise MorphomeError(f"{path}: empty or not a mapping", "see config.yaml for an example")
-    return check_config(content)
 
 
 def check_config(config: Mapping[str, Any], files: bool = True) -> dict[str, Any]:
@@ -105,12 +126,26 @@ def _fill(value: Any, part: Mapping[str, Any]) -> None:
                 value[key] = {}
         elif value[key] is None and sub.get("type") == "object":
             value[key] = {}  # "simulate:" with nothing behind it means all defaults
-        if sub.get("type") == "number" and isinstance(value.get(key), str):
-            # YAML 1.1 reads 1e-5 (without a point) as text; whoever writes it means the number.
-            with contextlib.suppress(ValueError):
-                value[key] = float(value[key])
+        if isinstance(value.get(key), str):
+            value[key] = _from_text(value[key], sub)
         if key in value:
             _fill(value[key], sub)
+
+
+def _from_text(text: str, part: Mapping[str, Any]) -> Any:
+    """The number or truth value that a text stands for, where the schema asks for one.
+
+    YAML 1.1 reads 1e-5 (without a point) as text, and Snakemake hands over nested values of ``--config`` as text.
+    """
+    wanted = [option.get("type") for option in (part, *part.get("oneOf", ()))]
+    with contextlib.suppress(ValueError):
+        if "integer" in wanted:
+            return int(text)
+        if "number" in wanted:
+            return float(text)
+    if "boolean" in wanted and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    return text
 
 
 def _resolve_models(full: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -122,7 +157,8 @@ def _resolve_models(full: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
             continue  # the schema's own message stands
         entry = dict(given or {})
         key = entry.pop("model", name)
-        training = {**full["training"], **(entry.pop("training", None) or {})}
+        own = entry.pop("training", None) or {}
+        training = {**full["training"], **own}
         if key not in known:
             problems.append(
                 f"models.{name}: there is no model '{key}'{_nearest(key, known)}; known: {', '.join(known)}"
@@ -130,10 +166,10 @@ def _resolve_models(full: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
             continue
         _fill(entry, known[key])
         _fill(training, schema()["$defs"]["training"])
-        for prefix, content, part in (
-            (f"models.{name}", entry, known[key]),
-            (f"models.{name}.training", training, schema()["$defs"]["training"]),
-        ):
+        checks = [(f"models.{name}", entry, known[key])]
+        if own:  # the section itself is checked once, for all
+            checks.append((f"models.{name}.training", training, schema()["$defs"]["training"]))
+        for prefix, content, part in checks:
             problems += [_explain(error, prefix) for error in _validator(part).iter_errors(content)]
         models[name] = {"name": name, "model": key, "settings": entry, "training": training}
     return models, problems
@@ -151,6 +187,11 @@ def _contradictions(full: Mapping[str, Any]) -> list[str]:
             )
     if full["features"]["source"] == "external" and "path" not in full["features"]:
         problems.append("features.path: needed with features.source 'external'. Remedy: name the file or folder")
+    if full["features"]["source"] == "encode" and "path" in full["features"]:
+        problems.append(
+            "features.path: not used with features.source 'encode'. "
+            "Remedy: set features.source: external to use these features, or take the path out"
+        )
     needs_sheet = full["features"]["source"] == "encode"
     if needs_sheet and "sheet" not in full["slides"]:
         problems.append("slides.sheet: needed to encode slides. Remedy: a TSV with slide_id, patient_id, path")
@@ -237,6 +278,8 @@ def _explain(error: jsonschema.ValidationError, prefix: str = "") -> str:
         known = list(error.schema.get("properties", {}))
         unknown = sorted(set(error.instance) - set(known))
         base = "" if key == "(top level)" else key + "."
+        if prefix.count(".") == 1:  # a row of the model table
+            known += ["model", "training"]
         return "; ".join(
             f"{base}{name}: unknown key{_nearest(name, known)}. Remedy: known keys are {', '.join(known) or 'none'}"
             for name in unknown

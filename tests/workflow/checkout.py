@@ -72,4 +72,5 @@ class Checkout:
         assert done.returncode == 0, done.stdout
         # The rules' messages: "tile SLIDE", "train MODEL, repeat R, fold F", "report: what it does".
         said = re.findall(r"^Job \d+: (.*)$", done.stdout, re.MULTILINE)
-        return {re.sub(r", repeat (\d+), fold (\d+)$", r" \1 \2", text).split(":")[0] for text in said}
+        jobs = {re.sub(r", repeat (\d+), fold (\d+)$", r" \1 \2", text).split(":")[0] for text in said}
+        return jobs - {"all", "default"}

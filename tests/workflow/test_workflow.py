@@ -146,6 +146,23 @@ def test_a_wrong_configuration_stops_before_the_dag(unchanged):
     assert "Traceback" not in done.stdout
 
 
+def test_single_keys_are_changed_on_the_command_line(repository, tmp_path):
+    """As config/README.md says, on the default configuration."""
+    copy = Checkout(repository, tmp_path / "checkout")
+    done = copy.snakemake("-n", "--config", "training={epochs: 3}", "cohort={min_events: 5}")
+    assert done.returncode == 0, done.stdout
+    assert "train mome, repeat 0, fold 2" in done.stdout
+    written = json.loads(next((copy.folder / "results/demo/config").glob("*.json")).read_text())
+    assert written["training"]["epochs"] == 3
+    assert written["cohort"]["min_events"] == 5
+
+
+def test_tables_come_before_slides(repository):
+    """A table that cannot be read must not be found after hours of slides."""
+    rules = (repository / "workflow" / "rules" / "cohort.smk").read_text()
+    assert rules.count("priority: 100") == 2  # cohort and genes; slides have 10 and 20
+
+
 def test_too_few_events_is_one_message_in_the_output(unchanged):
     unchanged.configure(cohort={**SMALL["cohort"], "min_events": 15})
     done = unchanged.snakemake("--configfile", "small.yaml", "--until", "cohort")

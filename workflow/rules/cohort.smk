@@ -30,6 +30,7 @@ rule cohort:
         flow=PATHS.cohort_flow,
     log:
         PATHS.log("cohort"),
+    priority: 100  # a table that cannot be read is found before hours of slides
     conda:
         "../../envs/models.yaml"
     resources:
@@ -50,6 +51,7 @@ rule genes:
         [*PATHS.panels.values(), *([PATHS.groups] if PATHS.groups else [])],
     log:
         PATHS.log("genes"),
+    priority: 100  # a table that cannot be read is found before hours of slides
     conda:
         "../../envs/models.yaml"
     resources:

@@ -10,7 +10,7 @@ from snakemake.settings.types import DeploymentMethod
 SOURCE = Path(workflow.current_basedir).parent.parent / "src"
 sys.path.insert(0, str(SOURCE))
 
-from morphome.config import check_config
+from morphome.config import check_config, read_yaml
 from morphome.errors import MorphomeError
 from morphome.paths import Paths
 from morphome.steps import code_hash, step_key, write_resolved
@@ -24,6 +24,10 @@ from morphome.workflow import (
 )
 
 try:
+    for file in workflow.configfiles:
+        read_yaml(
+            file
+        )  # Snakemake keeps the last of two equal keys in silence; this refuses them
     CONFIG = check_config(config)
     SLIDES = slide_paths(CONFIG)
 except MorphomeError as error:

@@ -169,6 +169,8 @@ class NeuralModel:
                 }
             )
             bar.set_postfix(train=f"{train_loss:.3f}", inner_c=f"{inner_c:.3f}")
+            if bar.disable:  # no terminal: a line in the log
+                print(f"{name}: epoch {epoch} of {training['epochs']}, inner C {inner_c:.3f}", flush=True)
             if choice.stop:
                 break
         bar.close()
