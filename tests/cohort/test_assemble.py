@@ -81,3 +81,22 @@ def test_what_is_not_required_is_kept_as_missing(tables):
 def test_nobody_left_is_an_error_that_names_the_key(tables):
     with pytest.raises(MorphomeError, match=r"cohort\.require"):
         assemble(tables, ["wsi", "cnv"])
+
+
+def test_nobody_left_shows_ids_of_both_sides(tables):
+    _, paths = tables
+    rna = pd.DataFrame({"patient_id": ["c-1", "a-1", "b-1"], "TP53": [0.0, 1.0, 1.0]})
+    write_parquet(rna, paths["rna"], "morphome.panel", {})
+    words = r"'rna' left nobody; patients until then: 'A', 'B' \(of 2\); with RNA: 'a-1', 'b-1' \(of 3\)"
+    with pytest.raises(MorphomeError, match=words):
+        assemble(tables, ["wsi", "rna"])
+    with pytest.raises(MorphomeError, match="with copy number: nobody"):
+        assemble(tables, ["cnv"])
+
+
+def test_nobody_left_without_a_usable_slide_says_why(tables):
+    _, paths = tables
+    index = read_parquet(paths["index"], "morphome.feature_index").assign(status="failed", reason_code="unreadable")
+    write_parquet(index, paths["index"], "morphome.feature_index", {})
+    with pytest.raises(MorphomeError, match=r"with a usable slide: nobody \(unreadable: 4\)"):
+        assemble(tables, ["wsi"])

@@ -13,7 +13,7 @@ import pytest
 from morphome.cohort.clinical import read_clinical
 from morphome.cohort.flow import drop_unusable, fill_covariates
 from morphome.cohort.values import grade_of, is_missing, stage_of
-from morphome.errors import MorphomeError
+from morphome.errors import MorphomeError, MorphomeWarning
 
 
 def steps_of(steps):
@@ -116,6 +116,74 @@ def test_bad_csv_is_named(tmp_path, text, words):
     with pytest.raises(MorphomeError, match=words) as caught:
         read_clinical("csv", path)
     assert str(path) in str(caught.value)
+
+
+EVENT_WORDS = [
+    *[("TRUE", 1), ("false", 0), ("Dead", 1), ("ALIVE", 0), ("1:DECEASED", 1), ("0:LIVING", 0), ("Deceased", 1)],
+    *[("1.0", 1), ("", np.nan), ("unknown", np.nan)],
+]
+
+
+def test_event_words(tmp_path):
+    path = tmp_path / "own.csv"
+    path.write_text("patient_id,time,event\n" + "".join(f"P{n:02},1,{w}\n" for n, (w, _) in enumerate(EVENT_WORDS)))
+    np.testing.assert_array_equal(read_clinical("csv", path).table["event"], [value for _, value in EVENT_WORDS])
+
+
+def test_unknown_event_words_are_refused_with_their_own_remedy(tmp_path):
+    path = tmp_path / "own.csv"
+    path.write_text("patient_id,time,event\nA,1,relapsed\n")
+    with pytest.raises(MorphomeError, match=r"'relapsed' in column 'event' .patient A. is not 0 or 1") as caught:
+        read_clinical("csv", path)
+    assert "1 = happened, 0 = censored" in caught.value.remedy and "empty" not in str(caught.value)
+    path.write_text("patient_id,time,event\nA,1,Dead\n")
+    with pytest.raises(MorphomeError, match="'Dead'"):  # vital status says nothing about progression
+        read_clinical("csv", path, endpoint="PFI")
+
+
+def test_censorship_does_not_read_words_of_the_vital_status(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("case_id,slide_id,survival_months,censorship\nA,a,1,Dead\n")
+    with pytest.raises(MorphomeError, match="1 = censored, 0 = happened"):
+        read_clinical("porpoise", path)
+
+
+def test_days_declared_as_months_are_refused(tmp_path):
+    path = tmp_path / "own.csv"
+    path.write_text("patient_id,time,event\nA,1825,1\nB,30,0\n")
+    with pytest.raises(MorphomeError, match=r"largest time is 1825.*cohort\.time_unit"):
+        read_clinical("csv", path)
+    assert read_clinical("csv", path, time_unit="days").notes == {"rows": 2}
+    path.write_text("patient_id,time,event\nA,120,1\nB,30,0\n")
+    with pytest.warns(MorphomeWarning, match=r"cohort\.time_unit is days, but the largest time is 120"):
+        assert "120 days" in read_clinical("csv", path, time_unit="days").notes["time_unit"]
+
+
+def test_words_of_stage_and_grade_that_are_not_understood_are_told(tmp_path):
+    path = tmp_path / "own.csv"
+    path.write_text("patient_id,time,event,stage,grade\nA,1,1,T2N0,GX\nB,1,0,T2N0,well\nC,1,0,Stage X,G2\n")
+    with pytest.warns(MorphomeWarning) as told:
+        notes = read_clinical("csv", path).notes
+    texts = [str(w.message) for w in told]
+    assert "2 cells of stage could not be read and count as missing: 'T2N0' (2)" in texts[0]
+    assert "'well' (1)" in texts[1] and "GX" not in texts[1] and len(texts) == 2
+    assert notes["stage_words_without_number"] == {"Stage X": 1, "T2N0": 2}
+    assert notes["grade_words_without_number"] == {"GX": 1, "well": 1}
+
+
+def test_tables_of_another_shape_say_how_to_save_them(tmp_path):
+    path = tmp_path / "own.csv"
+    path.write_text("patient_id;time;event\nA;1,5;1\n")
+    for name in ("csv", "gdc_clinical", "porpoise"):
+        with pytest.raises(MorphomeError, match=r"own\.csv: .*semicolons(.|\n)*commas or tabs"):
+            read_clinical(name, path)
+    path.write_bytes("patient_id,time,event,histology\nA,1,1,x\nB,1,1,Müller\n".encode("latin-1"))
+    with pytest.raises(MorphomeError, match=r"own\.csv, line 3: not UTF-8(.|\n)*save the table as UTF-8"):
+        read_clinical("csv", path)
+    path.write_text(",".join(f"column{n}" for n in range(500)) + "\n")
+    with pytest.raises(MorphomeError, match=r"column5, \.\.\. .500 in all.") as caught:
+        read_clinical("csv", path)
+    assert len(str(caught.value)) < 400
 
 
 def test_missing_file_is_named(tmp_path):

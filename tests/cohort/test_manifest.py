@@ -42,10 +42,10 @@ def own(tmp_path):
     (tmp_path / "clinical.csv").write_text(
         "patient_id,time,event,age\nP3,5,1,60\nP1,10,1,50\nP2,7,0,\nP0,0,1,40\nP4,3,0,70\n"
     )
-    for name in ("a", "b", "c", "d"):
+    for name in ("a", "b", "c", "d", "f"):
         (tmp_path / f"{name}.svs").write_bytes(b"12345")
     (tmp_path / "slides.csv").write_text(
-        "slide_id,patient_id,path\nc,P2,c.svs\na,P1,a.svs\nb,P1,b.svs\nd,P0,d.svs\ne,P3,e.svs\nf,STRANGER,a.svs\n"
+        "slide_id,patient_id,path\nc,P2,c.svs\na,P1,a.svs\nb,P1,b.svs\nd,P0,d.svs\ne,P3,e.svs\nf,STRANGER,f.svs\n"
     )
     return make_settings(
         {"format": "csv", "path": str(tmp_path / "clinical.csv")}, slides={"sheet": str(tmp_path / "slides.csv")}
@@ -102,8 +102,11 @@ def test_output_does_not_depend_on_the_order_of_rows(tmp_path, own):
 
 def test_too_few_events_and_nobody_left(tmp_path, own):
     own["cohort"]["min_events"] = 2
-    with pytest.raises(MorphomeError, match=r"1 events(.|\n)*cohort\.min_events = 2(.|\n)*Remedy"):
+    with pytest.raises(
+        MorphomeError, match=r"1 events(.|\n)*cohort\.min_events = 2; 3 of 5 patients left out: .*(.|\n)*Remedy"
+    ) as caught:
         run(tmp_path, own)
+    assert "time zero or negative 1, no slide (cohort.require lists 'wsi') 2" in str(caught.value)
     (tmp_path / "slides.csv").write_text("slide_id,patient_id,path\na,p1,a.svs\n")
     with pytest.raises(MorphomeError, match=r"'P0' \(of 5\)(.|\n)*'p1' \(of 1\)(.|\n)*slides\.sheet"):
         run(tmp_path, own)

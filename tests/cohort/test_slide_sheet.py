@@ -122,6 +122,13 @@ def test_ordinary_slide_ids_are_taken(good):
         ("slide_id,patient_id,path\na,P,x\nb,P,\n", "line 3: slide 'b' has no path"),
         ("slide_id,patient_id,path\na/b,P,x\n", "line 2: slide id 'a/b'"),
         ("slide_id,path,path\na,b,c\n", "'path' occurs twice"),
+        (
+            "slide_id,patient_id,path\na,P,x\nb,Q,y\nc,R,./x\n",
+            "lines 2 and 4: .*'a' of patient P and .*'c' of patient R",
+        ),
+        ("slide_id,patient_id,path\na,P,x\nb,Q,{y}.svs\n", "line 3: .*braces(.|\n)*rename"),
+        ("slide_id,patient_id,path\n{a},P,x\n", "line 2: slide id '{a}'"),
+        ("slide_id;patient_id;path\na;P;x\n", "semicolons(.|\n)*commas or tabs"),
         (GDC + gdc_row("TCGA-2F-A9KO-01Z-00-DX1.svs", "", ""), "line 2: no Case ID"),
         (GDC + gdc_row("../x.svs", "TCGA-2F-A9KO", ""), "line 2: '../x.svs' is not a plain file name"),
         (GDC + gdc_row("x.svs", "TCGA-2F-A9KO", "", file_id=".."), "not a plain file name"),
@@ -132,6 +139,22 @@ def test_bad_sheets_are_named(tmp_path, text, words):
     with pytest.raises(MorphomeError, match=words) as caught:
         read_slide_sheet(path, tmp_path)
     assert str(path) in str(caught.value)
+
+
+def test_a_link_to_a_listed_slide_is_the_same_file(tmp_path):
+    (tmp_path / "a.svs").write_bytes(b"x")
+    (tmp_path / "b.svs").symlink_to(tmp_path / "a.svs")
+    path = sheet(tmp_path, "slide_id,patient_id,path\na,P,a.svs\nb,P,b.svs\n")
+    with pytest.raises(MorphomeError, match="the same file is listed twice"):
+        read_slide_sheet(path)
+    assert len(read_slide_sheet(path, require_path=False)[0]) == 2  # paths are not used there
+
+
+def test_a_latin_1_sheet_is_named_with_its_line(tmp_path):
+    path = tmp_path / "s.csv"
+    path.write_bytes("slide_id,patient_id,path\na,Müller,x\n".encode("latin-1"))
+    with pytest.raises(MorphomeError, match=r"s\.csv, line 2: not UTF-8(.|\n)*save the table as UTF-8"):
+        read_slide_sheet(path)
 
 
 def test_missing_sheet_and_missing_folder(tmp_path):

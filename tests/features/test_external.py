@@ -209,10 +209,23 @@ def test_pt_files_run_no_code(imported, tmp_path, capsys):
     assert "code was run" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"<html>", b"\x80\x02\x80", b"\x80\x02j\x00\x00\x00\x00.", b"X\x01\x00\x00\x00\xff", b"."]
+)
+def test_garbage_in_a_pt_file_fails_the_slide_without_unsafe_advice(imported, tmp_path, content):
+    (tmp_path / "pt").mkdir()
+    for slide in SLIDES[1:]:
+        torch.save(torch.from_numpy(features()), tmp_path / "pt" / f"{slide}.pt")
+    (tmp_path / "pt" / f"{SLIDES[0]}.pt").write_bytes(content)
+    index, *_ = imported(tmp_path / "pt", limit=0.5)
+    assert index.loc[SLIDES[0], "reason_code"] == "unreadable"
+    assert "damaged" in index.loc[SLIDES[0], "reason"] and "weights_only" not in index.loc[SLIDES[0], "reason"]
+
+
 def test_mixed_features_are_refused(imported, tmp_path):
     for i, slide in enumerate(SLIDES):
         write_h5(tmp_path / "f" / f"{slide}.h5", features=features(dim=8 if i else 16))
-    with pytest.raises(MorphomeError, match="more than one dim"):
+    with pytest.raises(MorphomeError, match=f"more than one dim: 8 .2 slides., 16 .1 slide.; .*{SLIDES[0]}"):
         imported(tmp_path / "f")
     for slide, encoder in zip(SLIDES, "aab", strict=True):
         write_h5(tmp_path / "f" / f"{slide}.h5", features=features(), data_attrs={"encoder": encoder})

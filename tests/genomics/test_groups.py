@@ -55,6 +55,7 @@ def test_a_column_belongs_iff_its_panel_has_the_gene(group, rna, mut):
         ("g.csv", "one,one\nA,B\n", "'one' occurs twice"),
         ("g.csv", "one,two\nA,\n", "'two' has no genes"),
         ("g.csv", "", "empty"),
+        ("g.csv", "one;two\nA;B\n", "semicolons"),
     ],
 )
 def test_bad_group_files_are_named(tmp_path, name, text, words):

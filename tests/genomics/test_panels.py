@@ -65,6 +65,8 @@ def test_csv_panel(tmp_path):
     [
         ("id,GA\nP1,1\n", "no column 'patient_id'"),
         ("gene,TCGA-05-0001\nGA,1\n", "turn the table"),
+        ("Hugo_Symbol,P1,P2\nGA,1,2\n", "turn the table"),
+        ("patient_id;GA\nP1;1\n", "semicolons"),
         ("patient_id,GA\nP1,1\nP1,2\n", "patient P1 occurs twice"),
         ("patient_id,GA\n,1\n", "line 2: no patient id"),
         ("patient_id,GA,GA\nP1,1,2\n", "'GA' occurs twice"),
@@ -112,6 +114,24 @@ def test_the_step_writes_panels_and_groups(tmp_path):
         run_genes(settings=settings, panels_out=out, groups_out=tmp_path / "groups.json")
     with pytest.raises(ValueError, match="panels configured"):
         run_genes(settings=settings, panels_out={"rna": out["rna"]}, groups_out=None)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            ",P1,P2\nTP53,1,2\nGA,3,4\n",
+            r"no group has 1 column in .*ask for TP53, MYC; .*rna: P1, P2(.|\n)*turn the table",
+        ),
+        ("patient_id,ENSG1\nP1,1\n", r"ask for TP53, MYC; .*rna: ENSG1(.|\n)*alike in both"),
+    ],
+)
+def test_groups_that_match_nothing_show_both_sides(tmp_path, text, words):
+    (tmp_path / "g.gmt").write_text("one\tx\tTP53\tMYC\n")
+    groups = {"path": str(tmp_path / "g.gmt"), "min_genes": 1}
+    settings = {"molecular": {"rna": table_file(tmp_path, text), "groups": groups}}
+    with pytest.raises(MorphomeError, match=words):
+        run_genes(settings=settings, panels_out={"rna": tmp_path / "p"}, groups_out=tmp_path / "g.json")
 
 
 def test_without_groups_the_file_says_so(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,24 +49,11 @@ def run_assemble(
     joined["reason_feature"] = joined["reason_feature"] if "reason_feature" in joined else joined["reason"]
     usable = joined[joined["status"] == "ok"]
     lost = joined[joined["status"] != "ok"]
+    reasons = lost["reason_code"].fillna("no features").replace("", "no features").value_counts()
+    why = "; ".join(f"{reason}: {count}" for reason, count in reasons.items())
     if len(joined):
-        steps.append(
-            flow_step(
-                "slides with features",
-                "slides",
-                len(joined),
-                lost["slide_id"],
-                "; ".join(
-                    f"{reason}: {count}"
-                    for reason, count in lost["reason_code"]
-                    .fillna("no features")
-                    .replace("", "no features")
-                    .value_counts()
-                    .items()
-                )
-                or "every slide was read",
-            )
-        )
+        text = why or "every slide was read"
+        steps.append(flow_step("slides with features", "slides", len(joined), lost["slide_id"], text))
 
     grouped = usable.sort_values("slide_id").groupby("patient_id")
     table = people.sort_values("patient_id").reset_index(drop=True)
@@ -76,11 +63,12 @@ def run_assemble(
     tiles = grouped["n_tiles"].sum()
     table["n_tiles"] = table["patient_id"].map(tiles).fillna(0).astype("int64")
     table["has_wsi"] = table["n_slides"] > 0
+    having = {"wsi": usable["patient_id"].tolist()}
     for panel in ("rna", "mut", "cnv"):
-        known: set[str] = set()
+        having[panel] = []
         if panel in panels:
-            known = set(read_parquet(panels[panel], "morphome.panel", columns=["patient_id"])["patient_id"])
-        table[f"has_{panel}"] = table["patient_id"].isin(known)
+            having[panel] = read_parquet(panels[panel], "morphome.panel", columns=["patient_id"])["patient_id"].tolist()
+        table[f"has_{panel}"] = table["patient_id"].isin(having[panel])
 
     for need in settings["cohort"]["require"]:
         has = table[f"has_{need}"]
@@ -93,12 +81,16 @@ def run_assemble(
                 f"no {_MODALITY[need].removeprefix('a ')} (cohort.require lists '{need}')",
             )
         )
+        if not has.any():
+            asked = ", ".join(settings["cohort"]["require"])
+            raise MorphomeError(
+                f"{patients}: no patient has all of {asked}: '{need}' left nobody; "
+                f"patients until then: {_examples(table['patient_id'])}; "
+                f"with {_MODALITY[need]}: {_examples(having[need])}"
+                + (f" ({why or 'no slide of these patients is listed'})" if need == "wsi" and not usable.size else ""),
+                "check that both name patients in the same way, or take it out of cohort.require",
+            )
         table = table[has].reset_index(drop=True)
-    if table.empty:
-        raise MorphomeError(
-            f"{patients}: no patient has all of {', '.join(settings['cohort']['require'])}",
-            "look into the flow of the cohort and into cohort.require",
-        )
     write_parquet(table, patients_out, "morphome.analysis", settings)
     write_json(
         {
@@ -111,3 +103,9 @@ def run_assemble(
         "morphome.flow",
         settings,
     )
+
+
+def _examples(ids: Iterable[str]) -> str:
+    """``'A', 'B' (of 7)``, or ``nobody``."""
+    known = sorted(set(ids))
+    return ", ".join(f"'{one}'" for one in known[:2]) + f" (of {len(known)})" if known else "nobody"

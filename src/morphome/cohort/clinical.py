@@ -12,6 +12,7 @@ Everywhere ``event = 1`` means that the end point happened, and months are days 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,21 +22,26 @@ import numpy as np
 import pandas as pd
 
 from morphome.cohort.barcode import site_of
+from morphome.cohort.slide_sheet import few_names
 from morphome.cohort.tables import one_row_per_patient, read_porpoise, read_text_table
 from morphome.cohort.values import (
     DAYS_PER_MONTH,
     DAYS_PER_YEAR,
     convert,
+    event_of,
     grade_of,
     is_missing,
+    not_understood,
     number,
     sex_of,
     stage_of,
     word_of,
 )
-from morphome.errors import MorphomeError
+from morphome.errors import MorphomeError, MorphomeWarning
 
 COVARIATES = ("age_years", "sex", "stage", "grade")
+#: Times beyond this, given as months, are days; a longest time below this, given as days, may be months.
+_MOST_MONTHS, _LEAST_DAYS = 600, 200
 _CDR_SHEET = "TCGA-CDR"
 _CDR_COLUMNS = (
     *("bcr_patient_barcode", "age_at_initial_pathologic_diagnosis", "gender", "ajcc_pathologic_tumor_stage"),
@@ -105,7 +111,7 @@ def read_clinical(
     elif format_name == "porpoise":
         found = _read_porpoise(path)
     else:
-        found = _read_csv(path, time_unit, outcome)
+        found = _read_csv(path, endpoint, time_unit, outcome)
     table = found.table
     if table.empty:
         raise MorphomeError(f"{path}: no patients in the table (format {format_name})", "check the file")
@@ -119,8 +125,20 @@ def read_clinical(
         )
     if not outcome:
         table["time_months"] = table["event"] = np.nan
+    _warn_of_words(path, found.notes)
     found.table = table.sort_values("patient_id").reset_index(drop=True)
     return found
+
+
+def _warn_of_words(path: Path, notes: Mapping[str, Any]) -> None:
+    """Warn of words of stage and grade that were not understood; all words without a number stay in the notes."""
+    for name in ("stage", "grade"):
+        lost = not_understood(notes.get(f"{name}_words_without_number", {}))
+        if lost:
+            words = sorted(lost, key=lambda word: (-lost[word], word))
+            shown = few_names([f"'{word}' ({lost[word]})" for word in words])
+            text = f"{path}: {sum(lost.values())} cells of {name} could not be read and count as missing: {shown}"
+            warnings.warn(MorphomeWarning(f"{text}; write {name} as 1, 2, 3 or 4"), stacklevel=3)
 
 
 def _frame(ids: pd.Series, **columns: Any) -> pd.DataFrame:
@@ -153,17 +171,39 @@ def _numbers(table: pd.DataFrame, name: str, path: Path, ids: str) -> pd.Series:
     return pd.Series(values, index=table.index)
 
 
-def _events(table: pd.DataFrame, name: str, path: Path, ids: str) -> pd.Series:
-    """Column of 0, 1 and NaN; any other number is an error."""
-    values = _numbers(table, name, path, ids)
-    bad = ~(values.isna() | values.isin([0.0, 1.0]))
-    if bad.any():
-        row = int(np.flatnonzero(bad)[0])
-        raise MorphomeError(
-            f"{path}: '{table[name].iloc[row]}' in column '{name}' (patient {table[ids].iloc[row]}) is not 0 or 1",
-            "code the end point as 1 = happened, 0 = censored",
-        )
-    return values
+def _events(
+    table: pd.DataFrame, name: str, path: Path, ids: str, code: str = "1 = happened, 0 = censored", vital: bool = False
+) -> pd.Series:
+    """Column of 0, 1 and NaN (see :func:`event_of`); anything else is an error whose remedy is ``code``."""
+    values = np.full(len(table), np.nan)
+    for row, cell in enumerate(table[name]):
+        try:
+            values[row] = event_of(cell, vital)
+        except ValueError:
+            more = "; TRUE/FALSE" + (", Dead/Alive and 1:DECEASED/0:LIVING" if vital else "") + " are read as well"
+            raise MorphomeError(
+                f"{path}: '{cell}' in column '{name}' (patient {table[ids].iloc[row]}) is not 0 or 1",
+                f"code as {code}{more}",
+            ) from None
+    return pd.Series(values, index=table.index)
+
+
+def _months(times: pd.Series, time_unit: str, path: Path, notes: dict[str, Any]) -> pd.Series:
+    """Times of an own table in months, after a look at whether they can have the unit that they are said to have."""
+    longest = times.max()
+    if time_unit == "months":
+        if longest > _MOST_MONTHS:
+            raise MorphomeError(
+                f"{path}: the largest time is {longest:g}, which would be {longest / 12:.0f} years: "
+                "cohort.time_unit is months",
+                "set cohort.time_unit to days, or correct the column 'time'",
+            )
+        return times
+    if longest < _LEAST_DAYS:
+        notes["time_unit"] = f"the largest time is {longest:g} days; are these months?"
+        text = f"{path}: cohort.time_unit is days, but the largest time is {longest:g}"
+        warnings.warn(MorphomeWarning(f"{text}; if these are months, set cohort.time_unit to months"), stacklevel=4)
+    return times / DAYS_PER_MONTH
 
 
 def _stages(*columns: pd.Series) -> tuple[pd.Series, dict[str, int]]:
@@ -210,7 +250,8 @@ def _read_cdr(path: Path, endpoint: str | None) -> ClinicalTable:
         histology=raw["histological_type"].map(word_of),
         redacted=[str(cell).strip().lower() == "redacted" for cell in raw["Redaction"]],
     )
-    return ClinicalTable(table, notes={"stage_words_without_number": lost_stage, "grade_words": lost_grade})
+    notes = {"stage_words_without_number": lost_stage, "grade_words_without_number": lost_grade}
+    return ClinicalTable(table, notes=notes)
 
 
 def _read_gdc(path: Path) -> ClinicalTable:
@@ -263,7 +304,8 @@ def _read_gdc(path: Path) -> ClinicalTable:
             "",
         ),
     )
-    notes = {"rows": len(rows), "stage_words_without_number": lost_stage, "grade_words": lost_grade}
+    words = {"stage_words_without_number": lost_stage, "grade_words_without_number": lost_grade}
+    notes = {"rows": len(rows), **words}
     return ClinicalTable(table.reset_index(drop=True), notes=notes)
 
 
@@ -271,11 +313,13 @@ def _read_porpoise(path: Path) -> ClinicalTable:
     rows = read_porpoise(path, "porpoise")
     people = one_row_per_patient(rows, path)
     nothing = pd.Series([""] * len(people), dtype=object)
-    women = _events(people.assign(is_female=people.get("is_female", nothing)), "is_female", path, "case_id")
+    women = people.assign(is_female=people.get("is_female", nothing))
+    women = _events(women, "is_female", path, "case_id", "1 = female, 0 = male")
+    censored = _events(people, "censorship", path, "case_id", "1 = censored, 0 = happened")
     table = _frame(
         people["case_id"],
         time_months=_numbers(people, "survival_months", path, "case_id"),
-        event=1.0 - _events(people, "censorship", path, "case_id"),  # censorship: 1 = censored
+        event=1.0 - censored,
         age_years=_numbers(people.assign(age=people.get("age", nothing)), "age", path, "case_id"),
         sex=women.map({1.0: "female", 0.0: "male"}),
         histology=people.get("oncotree_code", nothing).map(word_of),
@@ -284,12 +328,12 @@ def _read_porpoise(path: Path) -> ClinicalTable:
     return ClinicalTable(table, slides=slides.astype(object), notes={"rows": len(rows)})
 
 
-def _read_csv(path: Path, time_unit: str, outcome: bool) -> ClinicalTable:
+def _read_csv(path: Path, endpoint: str, time_unit: str, outcome: bool) -> ClinicalTable:
     raw = read_text_table(path, "csv")
     needed = ["patient_id", *(["time", "event"] if outcome else [])]
     if missing := [name for name in needed if name not in raw]:
         raise MorphomeError(
-            f"{path}: no column '{missing[0]}' (csv); found: {', '.join(raw.columns)}",
+            f"{path}: no column '{missing[0]}' (csv); found: {few_names(raw.columns)}",
             "an own table has the columns patient_id, time, event and, if known, age, sex, stage, grade, site",
         )
     if not outcome and not {"age", "sex", "stage", "grade"} & set(raw):
@@ -297,9 +341,8 @@ def _read_csv(path: Path, time_unit: str, outcome: bool) -> ClinicalTable:
     columns: dict[str, Any] = {}
     notes: dict[str, Any] = {"rows": len(raw)}
     if outcome:
-        divisor = DAYS_PER_MONTH if time_unit == "days" else 1.0
-        columns["time_months"] = _numbers(raw, "time", path, "patient_id") / divisor
-        columns["event"] = _events(raw, "event", path, "patient_id")
+        columns["time_months"] = _months(_numbers(raw, "time", path, "patient_id"), time_unit, path, notes)
+        columns["event"] = _events(raw, "event", path, "patient_id", vital=endpoint == "OS")
     if "age" in raw:
         columns["age_years"] = _numbers(raw, "age", path, "patient_id")
         odd = raw.loc[(columns["age_years"] < 0) | (columns["age_years"] > 120), "patient_id"]

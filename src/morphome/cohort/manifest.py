@@ -80,7 +80,7 @@ def run_cohort(*, settings: Mapping[str, Any], patients_out: Path, slides_out: P
     if events < cohort["min_events"]:
         raise MorphomeError(
             f"{source['path']}: {events} events ({cohort['endpoint']}) among {len(patients)} patients, fewer "
-            f"than cohort.min_events = {cohort['min_events']}",
+            f"than cohort.min_events = {cohort['min_events']}" + _losses(steps),
             "add patients, choose an end point with more events (cohort.endpoint), or lower cohort.min_events "
             "knowing that nothing can be learnt from so few",
         )
@@ -235,6 +235,17 @@ def _join(
     if check_files:
         close("file found", ~slides["found"], "file not found", "file not found")
     return out
+
+
+def _losses(steps: list[dict[str, Any]]) -> str:
+    """``"; 4 of 15 patients left out: time missing 1, no slide 3"``; empty when nobody was."""
+    lost = [
+        (step["reason"], len(step["excluded"])) for step in steps if step["unit"] == "patients" and step["excluded"]
+    ]
+    if not lost:
+        return ""
+    shown = ", ".join(f"{reason} {count}" for reason, count in lost)
+    return f"; {sum(count for _, count in lost)} of {steps[0]['before']} patients left out: {shown}"
 
 
 def _example(ids: pd.Series) -> str:

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -66,24 +68,56 @@ class SlideRow:
     reason: str = ""
 
 
+def few_names(names: Iterable[object], most: int = 6) -> str:
+    """The first names, each cut to 40 characters, and how many there are in all when some are left out."""
+    listed = [str(name) for name in names]
+    shown = ", ".join(name if len(name) <= 40 else name[:37] + "..." for name in listed[:most])
+    return shown + (f", ... ({len(listed)} in all)" if len(listed) > most else "")
+
+
+def check_utf8(raw: bytes, path: Path, setting: str) -> None:
+    """Refuse bytes that are no UTF-8 text, naming the file and the line."""
+    try:
+        if not raw.isascii():
+            raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise MorphomeError(
+            f"{path}, line {line}: not UTF-8 text ({setting})", "save the table as UTF-8 (CSV or TSV)"
+        ) from None
+
+
+def delimiter_of(header: str, path: Path, setting: str) -> str:
+    """A tab when the header line has one, else a comma; a header of one column with semicolons is refused."""
+    if "\t" in header:
+        return "\t"
+    if "," not in header and ";" in header:
+        raise MorphomeError(
+            f"{path}: the header is one column, '{few_names([header.strip()])}': separated by semicolons? ({setting})",
+            "save the table with commas or tabs",
+        )
+    return ","
+
+
 def read_rows(sheet: Path, setting: str = "slides.sheet") -> tuple[list[str], list[dict[str, str]]]:
     """Header and rows of a TSV or CSV (tabs in the header line decide), as text, with the line in ``""``.
 
     Raises:
-        MorphomeError: missing, empty, not UTF-8, a column named twice, or a row of another length.
+        MorphomeError: missing, empty, not UTF-8, separated by semicolons, a column named twice, or a row of another
+            length.
     """
     try:
-        text = Path(sheet).read_bytes().decode("utf-8-sig")
+        raw = Path(sheet).read_bytes()
     except FileNotFoundError:
         raise MorphomeError(f"{sheet}: file not found ({setting})", f"check the path in {setting}") from None
     except IsADirectoryError:
         raise MorphomeError(f"{sheet}: is a folder, not a table ({setting})", "name the file") from None
-    except UnicodeDecodeError:
-        raise MorphomeError(f"{sheet}: not a UTF-8 text table ({setting})", "save it as TSV or CSV") from None
+    check_utf8(raw, sheet, setting)
+    text = raw.decode("utf-8-sig")
     first_line = text.split("\n", 1)[0]
     if not first_line.strip():
         raise MorphomeError(f"{sheet}: the table is empty ({setting})", "the first line holds the columns")
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if "\t" in first_line else ",")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter_of(first_line, sheet, setting))
     header = [name.strip() for name in next(reader)]
     twice = sorted({name for name in header if name and header.count(name) > 1})
     if twice:
@@ -121,7 +155,8 @@ def read_slide_sheet(
         ``(chosen, left_out)``; the rows of ``left_out`` carry a ``reason``.
 
     Raises:
-        MorphomeError: naming the sheet and line: a missing column, id or path, an unsafe or repeated slide id.
+        MorphomeError: naming the sheet and line: a missing column, id or path, an unsafe or repeated slide id, a
+            path with braces, or a file listed twice.
     """
     header, rows = read_rows(sheet)
     if is_gdc(header):
@@ -130,14 +165,13 @@ def read_slide_sheet(
                 f"{sheet}: a GDC sample sheet needs the folder of its files",
                 "set slides.folder to the folder that gdc-client filled",
             )
-        slides = [
-            _gdc_slide(row, sheet, folder) for row in rows if row.get("Data Type", _SLIDE_IMAGE).lower() == _SLIDE_IMAGE
-        ]
+        rows = [row for row in rows if row.get("Data Type", _SLIDE_IMAGE).lower() == _SLIDE_IMAGE]
+        slides = [_gdc_slide(row, sheet, folder) for row in rows]
     else:
         needed = ["slide_id", "patient_id", *(["path"] if require_path else [])]
         if missing := [name for name in needed if name not in header]:
             raise MorphomeError(
-                f"{sheet}: no column '{missing[0]}' (slides.sheet); found: {', '.join(header)}",
+                f"{sheet}: no column '{missing[0]}' (slides.sheet); found: {few_names(header)}",
                 f"a sheet of slides has the columns {', '.join(needed)}, or it is a GDC sample sheet "
                 "(File ID, File Name, Case ID)",
             )
@@ -153,7 +187,32 @@ def read_slide_sheet(
                 "give every slide its own id, or remove the repeated row",
             )
         seen[slide.slide_id] = number
+    if require_path:
+        _check_paths(slides, [row[""] for row in rows], sheet)
     return [s for s in slides if not s.reason], [s for s in slides if s.reason]
+
+
+def _check_paths(slides: list[SlideRow], lines: list[str], sheet: Path) -> None:
+    """Refuse a chosen slide whose path holds braces, which the workflow would read, or is that of another row."""
+    seen: dict[str, tuple[SlideRow, str]] = {}
+    for slide, line in zip(slides, lines, strict=True):
+        if slide.reason:
+            continue
+        if "{" in slide.path or "}" in slide.path:
+            raise MorphomeError(
+                f"{sheet}, line {line}: the path of slide '{slide.slide_id}' holds braces, which the workflow takes "
+                f"for wildcards: {slide.path}",
+                "rename the file or its folder without { and }",
+            )
+        file = os.path.realpath(slide.path)
+        if file in seen:
+            other, before = seen[file]
+            raise MorphomeError(
+                f"{sheet}, lines {before} and {line}: the same file is listed twice, as slide '{other.slide_id}' of "
+                f"patient {other.patient_id} and as slide '{slide.slide_id}' of patient {slide.patient_id}: {file}",
+                "correct one of the paths, or remove one of the rows",
+            )
+        seen[file] = (slide, line)
 
 
 def check_slide_id(slide_id: str, where: str) -> str:

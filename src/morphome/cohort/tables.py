@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from morphome.cohort.barcode import cut_suffix
+from morphome.cohort.slide_sheet import check_utf8, delimiter_of
 from morphome.errors import MorphomeError
 
 _PORPOISE_COLUMNS = ("case_id", "slide_id", "survival_months", "censorship")
@@ -49,14 +50,16 @@ def read_bytes(path: Path, setting: str) -> bytes:
 
 
 def header_of(raw: bytes, path: Path, setting: str) -> tuple[list[str], str]:
-    """Column names and delimiter of a table (a tab in the header line decides)."""
-    try:
-        line = raw.split(b"\n", 1)[0].decode("utf-8-sig").rstrip("\r")
-    except UnicodeDecodeError:
-        raise MorphomeError(f"{path}: not a UTF-8 text table ({setting})", "save it as CSV or TSV") from None
+    """Column names and delimiter of a table (a tab in the header line decides), after a check of all its text.
+
+    Raises:
+        MorphomeError: naming the file: not UTF-8 (with the line), empty, or separated by semicolons.
+    """
+    check_utf8(raw, path, setting)
+    line = raw.split(b"\n", 1)[0].decode("utf-8-sig").rstrip("\r")
     if not line.strip():
         raise MorphomeError(f"{path}: the table is empty ({setting})", "the first line holds the columns")
-    delimiter = "\t" if "\t" in line else ","
+    delimiter = delimiter_of(line, path, setting)
     return [name.strip().strip('"') for name in line.split(delimiter)], delimiter
 
 

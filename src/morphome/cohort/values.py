@@ -19,6 +19,10 @@ _MISSING = {
     *("not reported", "unknown", "not applicable", "not available", "not evaluated", "unspecified"),
 }
 _BRACKETED = re.compile(r"\[[^\]]*\](?:\s*\|\s*\[[^\]]*\])*")
+#: Words that are understood and have no place in 1-4.
+_NO_NUMBER = re.compile(r"(?:stage\s*)?(?:x|0[a-z]{0,2}|tis|i{1,3}/i[iv]{1,2} nos)|(?:grade\s*)?g?[xb]")
+_EVENT_WORDS = {"true": 1.0, "false": 0.0}
+_VITAL_WORDS = {"dead": 1.0, "alive": 0.0, "deceased": 1.0, "living": 0.0, "1:deceased": 1.0, "0:living": 0.0}
 _ROMAN = {"i": 1.0, "ii": 2.0, "iii": 3.0, "iv": 4.0}
 _STAGE = re.compile(r"(?:stage\s*)?(iv|i{1,3})(?:\s*[abc]?[1-3]?|s)?")
 _GRADE = re.compile(r"(?:g|grade\s*|who grade\s*)([1-4]|iv|i{1,3})")
@@ -39,6 +43,21 @@ def number(text: object) -> float:
     value = float(str(text).strip())
     if not math.isfinite(value):
         raise ValueError(f"not a finite number: {text}")
+    return value
+
+
+def event_of(text: object, vital: bool = False) -> float:
+    """1 or 0 from a number or TRUE/FALSE, NaN for a missing word; anything else raises ValueError.
+
+    Args:
+        vital: read the words of the vital status too (Dead/Alive, 1:DECEASED/0:LIVING); right for overall survival
+            only, and wrong for a column in which 1 means censored.
+    """
+    words = {**_EVENT_WORDS, **(_VITAL_WORDS if vital else {})}
+    plain = "".join(str(text).lower().split())
+    value = words[plain] if plain in words else number(text)
+    if value not in (0.0, 1.0) and not math.isnan(value):
+        raise ValueError(f"not 0 or 1: {text}")
     return value
 
 
@@ -94,3 +113,8 @@ def convert(cells: pd.Series, rule: Callable[[object], float]) -> tuple[pd.Serie
     values = pd.Series([rule(cell) for cell in cells], index=cells.index, dtype=np.float64)
     lost = Counter(str(c).strip() for c, v in zip(cells, values, strict=True) if math.isnan(v) and not is_missing(c))
     return values, dict(sorted(lost.items()))
+
+
+def not_understood(lost: dict[str, int]) -> dict[str, int]:
+    """Of the words that gave nothing (see :func:`convert`) those that are no known word for "not staged"."""
+    return {word: count for word, count in lost.items() if not _NO_NUMBER.fullmatch(word.lower())}

@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from morphome.cohort.barcode import cut_suffix
+from morphome.cohort.slide_sheet import few_names
 from morphome.errors import MorphomeError
 from morphome.features.collect import AUDIT_FORMAT, index_facts, refuse_many_failed
 from morphome.features.layouts import BagError, BagFacts, check_finite, inspect_bag
@@ -182,8 +183,10 @@ def _refuse_mixed(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
     for column in ("dim", "fingerprint"):
         counts = Counter(row[column] for row in usable)
         if len(counts) > 1:
-            shown = ", ".join(f"{value} ({n} slides)" for value, n in counts.most_common(4))
+            shown = ", ".join(f"{value} ({n} slide{'s' if n > 1 else ''})" for value, n in counts.most_common(4))
+            fewer = [row["slide_id"] for row in usable if row[column] != counts.most_common(1)[0][0]]
             raise MorphomeError(
-                f"{path}: features of more than one {column}: {shown} (features.path)",
+                f"{path}: features of more than one {column}: {shown}; the fewer are of "
+                f"{few_names(fewer)} (features.path)",
                 "keep the features of one encoder in the folder",
             )

@@ -17,6 +17,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from morphome.cohort.slide_sheet import few_names
+
 #: Numbers read at once when a whole bag is checked: 64 MiB of float32.
 _CHUNK_VALUES = 1 << 24
 
@@ -61,11 +63,11 @@ def find_features(handle: h5py.File) -> tuple[h5py.Dataset, bool]:
         raise BagError("not_a_bag", f"holds {kind}-level features, not one vector a tile (feat_type)")
     found = handle.get("features", handle.get("feats"))
     if found is None:
-        raise BagError("no_features", f"no dataset 'features' or 'feats'; it has {', '.join(handle) or 'nothing'}")
+        raise BagError("no_features", f"no dataset 'features' or 'feats'; it has {few_names(handle) or 'nothing'}")
     if isinstance(found, h5py.Group):
         names = list(found)
         if len(names) != 1:
-            raise BagError("several_encoders", f"group 'features' holds {', '.join(names) or 'nothing'}: keep one")
+            raise BagError("several_encoders", f"group 'features' holds {few_names(names) or 'nothing'}: keep one")
         found = found[names[0]]
     if found.ndim == 1:
         raise BagError("not_a_bag", f"'{found.name}' has shape {found.shape}: one vector for the whole slide")
@@ -137,13 +139,20 @@ def load_pt(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         BagError: ``unreadable`` or ``not_a_bag``.
     """
     import pickle
+    import struct
 
     import torch
 
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise BagError("unreadable", f"cannot be loaded with weights_only: {str(error).splitlines()[0]}") from None
+    except OSError as error:
+        raise BagError("unreadable", f"cannot be read: {error}") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError, LookupError, ValueError, TypeError, AttributeError,
+            struct.error):  # fmt: skip
+        # What torch says is not passed on: it advises to load the file in a way that runs code from it.
+        raise BagError(
+            "unreadable", "damaged, or no tensor that torch.save wrote (other objects are not loaded from it)"
+        ) from None
     coords = None
     if isinstance(content, dict):
         coords = content.get("coords")

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from morphome.cohort.barcode import TUMOUR_CODES, try_barcode
-from morphome.cohort.slide_sheet import cases_of, check_file_name, is_gdc, locate, read_rows, sample_codes
+from morphome.cohort.slide_sheet import cases_of, check_file_name, check_utf8, is_gdc, locate, read_rows, sample_codes
 from morphome.cohort.tables import read_bytes
 from morphome.errors import MorphomeError
 from morphome.genomics.panel import Panel, average_repeats, sum_repeats
@@ -258,6 +258,7 @@ def _body(path: Path, setting: str) -> bytes:
 
 def _columns(path: Path, setting: str, wanted: list[str]) -> pd.DataFrame:
     body = _body(path, setting)
+    check_utf8(body, path, setting)
     header = body.split(b"\n", 1)[0].decode("utf-8", "replace").rstrip("\r").split("\t")
     if missing := [name for name in wanted if name not in header]:
         raise MorphomeError(

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from morphome.cohort.slide_sheet import read_rows
+from morphome.cohort.slide_sheet import check_utf8, read_rows
 from morphome.errors import MorphomeError
 
 _SETTING = "molecular.groups.path"
@@ -82,11 +82,11 @@ def match_groups(
 
 def _gmt(path: Path) -> list[tuple[str, list[str]]]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        raw = path.read_bytes()
     except FileNotFoundError:
         raise MorphomeError(f"{path}: file not found ({_SETTING})", f"check {_SETTING}") from None
-    except UnicodeDecodeError:
-        raise MorphomeError(f"{path}: not a UTF-8 text file ({_SETTING})", "save it as UTF-8") from None
+    check_utf8(raw, path, _SETTING)
+    text = raw.decode("utf-8-sig").replace("\r\n", "\n")
     entries = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():

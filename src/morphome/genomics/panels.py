@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from morphome.cohort.slide_sheet import few_names
 from morphome.errors import MorphomeError, MorphomeWarning
 from morphome.files import write_json, write_parquet
 from morphome.genomics.groups import match_groups, read_groups
@@ -38,6 +39,7 @@ def run_genes(*, settings: Mapping[str, Any], panels_out: Mapping[str, Path], gr
         raise ValueError(f"panels configured: {configured}, outputs asked: {sorted(panels_out)}")
     sheet = Path(molecular["sheet"]) if "sheet" in molecular else None
     genes: dict[str, list[str]] = {}
+    patients: dict[str, list[str]] = {}
     for name in configured:
         panel = read_panel(name, molecular[name], sheet)
         table = pd.DataFrame(panel.values, columns=panel.genes, copy=False)
@@ -52,21 +54,29 @@ def run_genes(*, settings: Mapping[str, Any], panels_out: Mapping[str, Path], gr
             "notes": panel.notes,
         }
         write_parquet(table, panels_out[name], "morphome.panel", settings, extra)
-        genes[name] = panel.genes
+        genes[name], patients[name] = panel.genes, panel.patients
     if groups_out is not None:
-        write_json(_groups(molecular, genes), groups_out, "morphome.groups", settings)
+        write_json(_groups(molecular, genes, patients), groups_out, "morphome.groups", settings)
 
 
-def _groups(molecular: Mapping[str, Any], genes: Mapping[str, list[str]]) -> dict[str, Any]:
+def _groups(
+    molecular: Mapping[str, Any], genes: Mapping[str, list[str]], patients: Mapping[str, list[str]]
+) -> dict[str, Any]:
     if "groups" not in molecular:
         return {"groups": {}, "match": {}, "dropped": {}, "source": None, "repeated": {}}
     path, min_genes = molecular["groups"]["path"], molecular["groups"]["min_genes"]
     groups, repeated = read_groups(Path(path))
     content = match_groups(groups, genes, min_genes)
     if not content["groups"]:
+        asked = {gene: None for members in groups.values() for gene in members}
+        having = "; ".join(f"{panel}: {few_names(names, 3)}" for panel, names in genes.items())
+        turned = [panel for panel, ids in patients.items() if any(name in asked for name in ids)]
         raise MorphomeError(
-            f"{path}: no group has {min_genes} columns in the molecular tables ({', '.join(genes) or 'none'})",
-            "check that the groups hold gene symbols, and molecular.groups.min_genes",
+            f"{path}: no group has {min_genes} column{'' if min_genes == 1 else 's'} in the molecular tables; "
+            f"the groups ask for {few_names(asked, 3)}; the tables have {having or 'nothing'}",
+            f"the rows of molecular.{turned[0]} are genes: turn the table, one row per patient"
+            if turned
+            else "write gene symbols alike in both, or lower molecular.groups.min_genes",
         )
     for name, reason in content["dropped"].items():
         warnings.warn(MorphomeWarning(f"gene group '{name}' dropped: {reason}"), stacklevel=2)

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from morphome.cohort.barcode import try_barcode
+from morphome.cohort.slide_sheet import few_names
 from morphome.cohort.tables import header_of, one_row_per_patient, read_bytes, read_porpoise
 from morphome.errors import MorphomeError
 from morphome.genomics.gdc_files import (
@@ -30,6 +31,10 @@ _PORPOISE = {
     "cnv": ("_cnv", "gistic", "GISTIC level, -2 to 2"),
     "mut": ("_mut", "binary", "1 = mutated"),
 }
+#: First columns of tables with a row per gene.
+_GENE_HEADERS = frozenset(
+    {"gene", "genes", "gene_id", "gene_name", "gene_symbol", "symbol", "hugo_symbol", "geneid", "ensembl_id"}
+)
 #: Derived columns of the PORPOISE tables: no genes.
 _NOT_GENES = {"mut": {"RAS"}}
 
@@ -98,12 +103,11 @@ def _read_csv_panel(path: Path, setting: str) -> Panel:
     header, delimiter = header_of(raw, path, setting)
     ids = "patient_id" if "patient_id" in header else header[0] if header[0] in ("", "Unnamed: 0") else None
     if ids is None:
-        hint = (
-            "the columns are patients: turn the table, one row per patient"
-            if any(try_barcode(name) for name in header)
-            else "the first columns are " + ", ".join(header[:3])
+        turned = header[0].lower() in _GENE_HEADERS or any(try_barcode(name) for name in header)
+        raise MorphomeError(
+            f"{path}: no column 'patient_id' ({setting}); the columns are {few_names(header, 3)}",
+            "the rows are genes: turn the table, one row per patient" if turned else "name the column of patients",
         )
-        raise MorphomeError(f"{path}: no column 'patient_id' ({setting}); {hint}", "name the column of patients")
     if len(set(header)) < len(header):
         twice = next(name for name in header if header.count(name) > 1)
         raise MorphomeError(f"{path}: the column '{twice}' occurs twice ({setting})", "keep one column per gene")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from markupsafe import Markup
 
 from morphome.report import figures, words
 from morphome.report import format as fmt
@@ -29,12 +30,13 @@ def training(data: ReportData) -> dict[str, Any]:
                 for r in epochs
             ]
             text = f"{name}: chosen epoch: {'; '.join(picked)}" if len(epochs) <= 6 else f"{name}: {_epochs(epochs)}"
+            draw = _losses if len(_without_c(epochs)) == len(epochs) else figures.training
             curves.append(
                 {
                     "name": name,
                     "text": text,
                     "how": how(epochs),
-                    "figure": figures.training(epochs, f"train-{key}", f"Training of {name}", text),
+                    "figure": draw(epochs, f"train-{key}", f"Training of {name}", text),
                 }
             )
         elif searched:
@@ -82,12 +84,49 @@ def how(runs: list[Run]) -> str:
     rule = given.get("epoch_rule")
     if rule is not None:
         text = _RULES.get(rule, str(rule))
+        blind = len(_without_c(runs)) if rule == "inner_best" else 0
+        if blind:
+            lowest = "epoch with the lowest loss of inner validation, which has no comparable pair for C"
+            some = f"{text}; in {blind} of {fmt.plural(len(runs), 'run')} {lowest}"
+            text = lowest if blind == len(runs) else some
         patience = given.get("patience")
         parts.append(f"{text}, patience {patience}" if rule == "inner_best" and patience is not None else text)
     sampler = given.get("sampler")
     if sampler is not None and _SAMPLERS.get(sampler, sampler):
         parts.append(_SAMPLERS.get(sampler, str(sampler)))
     return "; ".join(parts)
+
+
+def _without_c(runs: list[Run]) -> list[Run]:
+    """Runs whose inner validation gave no C in any epoch."""
+    return [r for r in runs if len(r.history) and r.history["inner_c"].isna().all()]
+
+
+def _losses(runs: list[Run], key: str, title: str, description: str) -> Markup:
+    """Losses over the epochs without the panel of C, where C cannot be computed; the chosen epoch marked."""
+    with figures.style():
+        figure = figures.Figure(figsize=(9.9, 2.9))
+        axes = figure.subplots()
+        few = len(runs) <= len(figures.FOLD_COLOURS)
+        for i, run in enumerate(runs):
+            h = run.history.sort_values("epoch")
+            look = {"color": figures.FOLD_COLOURS[i] if few else figures.BLUE, "linewidth": 1.5 if few else 0.7}
+            axes.plot(h["epoch"], h["train_loss"], alpha=1 if few else 0.5, **look)
+            axes.plot(h["epoch"], h["inner_loss"], linestyle=(0, (3, 1.5)), alpha=0.8 if few else 0.5, **look)
+            chosen = h[h["chosen"].astype(bool)]
+            level = chosen["inner_loss"].fillna(chosen["train_loss"])
+            axes.plot(chosen["epoch"], level, "o", color=look["color"], markersize=6 if few else 3.5)
+            if few:
+                several = len({r.repeat for r in runs}) > 1
+                label = f"{f'repeat {run.repeat}, ' if several else ''}fold {run.fold}"
+                figure.text(0.91, 0.85 - 0.08 * i, label, color=look["color"], fontsize=8.5)
+        axes.plot([], [], color=figures.GREY, label="training")
+        axes.plot([], [], color=figures.GREY, linestyle=(0, (3, 1.5)), label="inner validation")
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 0.99), ncols=2, borderaxespad=0.1)
+        axes.set(xlabel="Epoch", ylabel="Loss")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        figure.subplots_adjust(left=0.06, right=0.9 if few else 0.99, top=0.91, bottom=0.165)
+        return figures.to_svg(figure, key, title, description)
 
 
 def _edge(runs: list[Run]) -> str:
