@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 
 # Before numpy or torch start their thread pools: several test processes on few cores slow one another down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,6 +16,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def loaded_by() -> Callable[..., set[str]]:
+    """Names of all modules that a fresh interpreter has loaded after importing the modules given."""
+
+    def loaded(*modules: str) -> set[str]:
+        code = f"import sys, {', '.join(modules)}; print(*sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        return set(done.stdout.split())
+
+    return loaded
 
 
 @pytest.fixture(scope="session")

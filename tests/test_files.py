@@ -10,6 +10,7 @@ import pytest
 
 from morphome.errors import MorphomeError
 from morphome.files import atomic_path, parquet_meta, read_json, read_parquet, settings_hash, write_json, write_parquet
+from morphome.steps import require_made_by
 
 
 def test_a_failure_leaves_the_old_file_and_no_litter(tmp_path):
@@ -48,6 +49,15 @@ def test_a_foreign_parquet_file_is_refused(tmp_path):
     assert parquet_meta(path) == {}
     with pytest.raises(MorphomeError, match="without a morphome stamp"):
         read_parquet(path, "morphome.test")
+
+
+@pytest.mark.parametrize("name", ["t.json", "t.parquet", "t.h5"])
+def test_a_damaged_or_missing_file_is_named_with_a_remedy(tmp_path, name):
+    with pytest.raises(MorphomeError, match=rf"{name}: file not found \(morphome\.test\)"):
+        require_made_by(tmp_path / name, "morphome.test", {})
+    (tmp_path / name).write_bytes(b"half a fi")
+    with pytest.raises(MorphomeError, match=rf"(?s){name}: not .*Remedy: delete the file"):
+        require_made_by(tmp_path / name, "morphome.test", {})
 
 
 def test_json_has_no_nan_and_a_future_version_is_refused(tmp_path):

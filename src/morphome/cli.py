@@ -193,7 +193,10 @@ def tile(slide: Slide, path: Annotated[Path, typer.Option(help="The slide file."
         thumbnail_out=files.thumbnail,
     )
     record = read_json(files.qc, "morphome.slide_qc")
-    _say(slide, record["status"], f"{record['n_tiles']} tiles", record["reason_code"], record["reason"])
+    if record["status"] == "ok":
+        print(f"{slide}: {record['n_tiles']} tiles")
+    else:  # a bad slide is a result (the run goes on), not an error
+        print(f"{slide}: {record['status']}, {record['reason_code']}: {record['reason']}")
 
 
 @step(SLIDES)
@@ -354,11 +357,6 @@ def report(config: Config = DEFAULT) -> None:
 def _must_exist(path: Path) -> None:
     if not path.exists():
         raise MorphomeError(f"{path}: there is no such slide file", "correct --path")
-
-
-def _say(slide: str, status: str, done: str, code: str, reason: str) -> None:
-    """One line on a slide; a bad slide is a result (the run goes on), not an error."""
-    print(f"{slide}: {done}" if status == "ok" else f"{slide}: {status}, {code}: {reason}")
 
 
 def main() -> None:

@@ -104,12 +104,7 @@ def write_json(content: Mapping[str, Any], path: Path, format_name: str, setting
 
 def read_json(path: Path, format_name: str, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Read a JSON object written by :func:`write_json`, checking its stamp."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise _missing(path, format_name) from None
-    except json.JSONDecodeError as error:
-        raise MorphomeError(f"{path}: not valid JSON ({error})", _MAKE_AGAIN) from None
+    content = _load_json(path, format_name)
     check_stamp(content.get("stamp", {}), path, format_name, settings)
     return content
 
@@ -170,6 +165,33 @@ def read_parquet(
     return table
 
 
+def read_stamp(path: Path, format_name: str) -> dict[str, Any]:
+    """The stamp of a Parquet, HDF5 or JSON file; empty for foreign files.
+
+    Raises:
+        MorphomeError: the file is missing (``format_name`` says what it would be) or damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise _missing(path, format_name)
+    if path.suffix == ".parquet":
+        return parquet_meta(path).get("stamp", {})
+    if path.suffix == ".h5":
+        import h5py
+
+        try:
+            with h5py.File(path) as handle:
+                return dict(handle.attrs)
+        except OSError as error:
+            raise MorphomeError(f"{path}: not a readable HDF5 file ({error})", _MAKE_AGAIN) from None
+    return _load_json(path, format_name).get("stamp", {})
+
+
+def file_head(path: Path) -> str:
+    """sha256 of the first MiB of a file and its size, ``<hex>:<bytes>``: cheap, and changes with the file."""
+    return f"{file_sha256(path, 1 << 20)}:{Path(path).stat().st_size}"
+
+
 def file_sha256(path: Path, limit_bytes: int | None = None) -> str:
     """sha256 of a file (of its first ``limit_bytes`` when given), as hex."""
     digest = hashlib.sha256()
@@ -182,6 +204,15 @@ def file_sha256(path: Path, limit_bytes: int | None = None) -> str:
                 if left <= 0:
                     break
     return digest.hexdigest()
+
+
+def _load_json(path: Path, format_name: str) -> dict[str, Any]:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise _missing(path, format_name) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise MorphomeError(f"{path}: not valid JSON ({error})", _MAKE_AGAIN) from None
 
 
 def _missing(path: Path, format_name: str) -> MorphomeError:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from morphome.files import check_stamp, settings_hash, write_text
+from morphome.files import check_stamp, read_stamp, settings_hash, write_text
 from morphome.paths import Paths
 
 PACKAGE = Path(__file__).parent
@@ -156,22 +156,5 @@ def _file_of(module: str) -> Path | None:
 
 def require_made_by(path: Path, format_name: str, settings: Mapping[str, Any]) -> Path:
     """Return ``path`` if its stamp says that it was made with ``settings``; otherwise refuse it by name."""
-    if path.suffix == ".parquet":
-        from morphome.files import parquet_meta
-
-        found = parquet_meta(path).get("stamp", {}) if path.exists() else None
-    elif path.suffix == ".h5":
-        import h5py
-
-        found = None
-        if path.exists():
-            with h5py.File(path) as handle:
-                found = dict(handle.attrs)
-    else:
-        found = json.loads(path.read_text(encoding="utf-8")).get("stamp", {}) if path.exists() else None
-    if found is None:
-        from morphome.errors import MorphomeError
-
-        raise MorphomeError(f"{path}: file not found ({format_name})", "run the step that makes it first")
-    check_stamp(found, path, format_name, settings)
+    check_stamp(read_stamp(path, format_name), path, format_name, settings)
     return path

@@ -20,10 +20,9 @@ from tqdm import tqdm
 
 from morphome.errors import MorphomeError
 from morphome.features.registry import Encoder, encoder_spec, fingerprint, fingerprint_sha256, load
-from morphome.files import atomic_path, check_stamp, settings_hash, stamp, write_json
+from morphome.files import atomic_path, check_stamp, file_head, settings_hash, stamp, write_json
 from morphome.slides.quality import sharpness
 from morphome.slides.reader import OpenSlideReader, SlideError, read_patch, resize_name
-from morphome.slides.tile import slide_head
 
 #: Tiles handed to the encoder at once.
 BATCH = 64
@@ -187,7 +186,7 @@ def _encode_tiles(
 
     reader = OpenSlideReader(path)
     try:
-        if slide_head(reader.facts.path) != tile_attrs["slide_sha256_head"]:
+        if file_head(reader.facts.path) != tile_attrs["slide_sha256_head"]:
             raise SlideError("slide_changed", f"slide '{slide_id}': {path} is not the file that was tiled",
                              "run the tile step again")  # fmt: skip
         for number, (x, y) in enumerate(tqdm(planned.tolist(), desc=slide_id, disable=None)):

@@ -22,10 +22,9 @@ from morphome.errors import MorphomeError
 from morphome.features.collect import AUDIT_FORMAT, index_facts, refuse_many_failed
 from morphome.features.layouts import BagError, BagFacts, check_finite, inspect_bag
 from morphome.features.store import INDEX_FORMAT, index_table
-from morphome.files import file_sha256, read_parquet, write_parquet
+from morphome.files import file_head, read_parquet, write_parquet
 
 SUFFIXES = (".h5", ".pt")
-_HEAD_BYTES = 1 << 20
 
 
 def run_import(*, settings: Mapping[str, Any], slides: Path, index_out: Path, audit_out: Path) -> None:
@@ -92,7 +91,7 @@ def _folder_rows(folder: Path, patients: Mapping[str, str]) -> tuple[list[dict[s
         except BagError as error:
             rows.append(_row(slide, file, layout, None, error.code, f"{file.name}: {error}"))
             continue
-        key = hashlib.sha256(f"{file_sha256(file, _HEAD_BYTES)}:{file.stat().st_size}".encode()).hexdigest()[:32]
+        key = hashlib.sha256(file_head(file).encode()).hexdigest()[:32]
         rows.append(_row(slide, file, layout, facts, content_key=key))
     return rows, list(by_id)
 
@@ -129,7 +128,7 @@ def _read_packed(handle: h5py.File, path: Path, patients: Mapping[str, str]) -> 
                     "correct case_id there or patient_id in the table of slides",
                 )
     encoder = str(handle.attrs.get("encoder", "unknown"))
-    head = f"{file_sha256(path, _HEAD_BYTES)}:{path.stat().st_size}"
+    head = file_head(path)
     rows = []
     for slide, start, stop in tqdm(list(zip(ids, offsets[:-1], offsets[1:], strict=True)), "import", disable=None):
         if slide not in patients:

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from morphome.files import atomic_path, file_sha256, stamp, write_json, write_text
+from morphome.files import atomic_path, file_head, stamp, write_json, write_text
 from morphome.slides.grid import area_share, tile_grid
 from morphome.slides.mpp import MppAudit, audit_mpp
 from morphome.slides.quality import sharpness
@@ -28,7 +28,6 @@ from morphome.slides.tissue import TissueMask, find_tissue, outline, to_geojson
 
 #: Tiles read before a slide is accepted, spread over the slide.
 READ_TEST_TILES = 5
-HEAD_BYTES = 1 << 20
 
 
 @dataclass
@@ -78,7 +77,7 @@ def run_tile(
     try:
         with OpenSlideReader(Path(slide_path)) as reader:
             facts = reader.facts
-            qc["slide_sha256_head"] = slide_head(facts.path)
+            qc["slide_sha256_head"] = file_head(facts.path)
             audit = audit_mpp(slide_id, facts, tiling)
             qc |= asdict(audit)
             if audit.verdict == "quarantine":
@@ -107,11 +106,6 @@ def run_tile(
     write_thumbnail(picture, thumbnail_out)
     qc["seconds"] = round(time.perf_counter() - started, 3)
     write_json(qc, qc_out, "morphome.slide_qc", settings)
-
-
-def slide_head(path: Path) -> str:
-    """sha256 of the first MiB of a slide file and its size, ``<hex>:<bytes>``: cheap, and changes with the file."""
-    return f"{file_sha256(path, HEAD_BYTES)}:{path.stat().st_size}"
 
 
 def _overviews(reader: SlideReader, audit: MppAudit, mask_mpp: float) -> tuple[np.ndarray, np.ndarray]:

@@ -17,6 +17,7 @@ import pandas as pd
 from morphome import survival
 from morphome.errors import MorphomeError
 from morphome.training.data import Column, FoldData, Outcomes, derive_seed
+from morphome.training.diagnostics import diagnostics_table
 from morphome.training.inner_cv import inner_cv_scores, inner_membership
 from morphome.training.preprocess import Arrays, ClinicalEncoder, ColumnScaler
 
@@ -79,9 +80,9 @@ class Baseline:
         return table.astype({"epoch": "int32", "chosen": "bool"})
 
     @property
-    def diagnostics(self) -> None:
+    def diagnostics(self) -> pd.DataFrame:
         """Nothing to report about routing."""
-        return None
+        return diagnostics_table()
 
     def _record(self, settings: Sequence[str], scores: Sequence[float], chosen: int, seconds: float) -> None:
         self._trials = [

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from threadpoolctl import threadpool_limits
 
 from morphome import __version__
@@ -27,15 +26,6 @@ from morphome.training.preprocess import time_grid
 
 if TYPE_CHECKING:
     from morphome.training.trainer import NeuralModel
-
-_EMPTY_DIAGNOSTICS = {
-    "epoch": "int32",
-    "layer": "str",
-    "patient_id": "str",
-    "role": "str",
-    "expert": "int32",
-    **dict.fromkeys(("p0", "p1", "p2", "p3", "entropy"), "float64"),
-}
 
 
 @dataclass
@@ -154,7 +144,7 @@ def run_train(
         notes.append(message)
     notes += [f"{count} {reason} ({data.where})" for reason, count in data.lost.items() if count]
 
-    history, diagnostics = model.history, model.diagnostics
+    history = model.history
     out = Path(out)
     extra = {"name": name, "model": key, "repeat": repeat, "fold": fold}
     outcomes = outcomes.set_index("patient_id").loc[list(ids)].reset_index()
@@ -180,11 +170,8 @@ def run_train(
         {**extra, "horizon_months": horizon, "times_months": times},
     )
     write_parquet(history, out / "history.parquet", "morphome.history", settings, extra)
-    if diagnostics is None:
-        diagnostics = pd.DataFrame({c: pd.Series(dtype=t) for c, t in _EMPTY_DIAGNOSTICS.items()})
-    write_parquet(
-        diagnostics, out / "diagnostics.parquet", "morphome.diagnostics", settings, {**extra, "experts": model.experts}
-    )
+    routers = {**extra, "experts": model.experts}
+    write_parquet(model.diagnostics, out / "diagnostics.parquet", "morphome.diagnostics", settings, routers)
     roles = outcomes["role"].value_counts()
     write_json(
         {

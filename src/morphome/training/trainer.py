@@ -27,10 +27,9 @@ from morphome.models import hazard
 from morphome.models.batch import Batch
 from morphome.models.registry import NEURAL, Dims, build
 from morphome.training.data import Column, FoldData, Outcomes, derive_seed
+from morphome.training.diagnostics import diagnostics_table
 from morphome.training.objective import EpochChoice, HazardObjective, sampling_weights
 from morphome.training.preprocess import Arrays, ColumnScaler
-
-DIAGNOSTIC_COLUMNS = ["epoch", "layer", "patient_id", "role", "expert", "p0", "p1", "p2", "p3", "entropy"]
 
 
 @contextlib.contextmanager
@@ -331,7 +330,7 @@ class NeuralModel:
         """Routing of the inner patients in every epoch, and of those predicted last at the chosen epoch."""
         earlier = [row for row in self._routing if row["epoch"] != self.best_epoch or not self._final_routing]
         rows = sorted(earlier + self._final_routing, key=lambda r: (r["epoch"], r["layer"], r["patient_id"]))
-        return pd.DataFrame(rows, columns=DIAGNOSTIC_COLUMNS).astype({"epoch": "int32", "expert": "int32"})
+        return diagnostics_table(rows)
 
     def arrays(self) -> Arrays:
         """Weights and fitted state as tensors."""
