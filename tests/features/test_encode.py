@@ -11,7 +11,9 @@ from morphome.features import encode as module
 from morphome.features.encode import run_encode, to_float16
 from morphome.features.registry import fingerprint, load
 from morphome.files import read_json
-from morphome.slides.reader import OpenSlideReader, SlideError, read_patch
+from morphome.slides.openslide_reader import OpenSlideReader
+from morphome.slides.patches import read_patch
+from morphome.slides.reader import SlideError
 from morphome.slides.tile import run_tile
 
 

@@ -21,8 +21,10 @@ from tqdm import tqdm
 from morphome.errors import MorphomeError
 from morphome.features.registry import Encoder, encoder_spec, fingerprint, fingerprint_sha256, load
 from morphome.files import atomic_path, check_stamp, file_head, settings_hash, stamp, write_json
+from morphome.slides.openslide_reader import OpenSlideReader
+from morphome.slides.patches import read_patch, resize_name
 from morphome.slides.quality import sharpness
-from morphome.slides.reader import OpenSlideReader, SlideError, read_patch, resize_name
+from morphome.slides.reader import SlideError
 
 #: Tiles handed to the encoder at once.
 BATCH = 64

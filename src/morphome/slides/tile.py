@@ -21,8 +21,10 @@ from tqdm import tqdm
 from morphome.files import atomic_path, file_head, stamp, write_json, write_text
 from morphome.slides.grid import area_share, tile_grid
 from morphome.slides.mpp import MppAudit, audit_mpp
+from morphome.slides.openslide_reader import OpenSlideReader
+from morphome.slides.patches import read_patch
 from morphome.slides.quality import sharpness
-from morphome.slides.reader import OpenSlideReader, SlideError, SlideReader, read_patch
+from morphome.slides.reader import SlideError, SlideReader
 from morphome.slides.thumbnail import THUMBNAIL_PX, draw_refusal, draw_thumbnail, write_thumbnail
 from morphome.slides.tissue import TissueMask, find_tissue, outline, to_geojson
 

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from morphome.slides import reader as module
-from morphome.slides.reader import OpenSlideReader, SlideError, read_patch, resize_name, resize_patch
+from morphome.slides import openslide_reader as module
+from morphome.slides.openslide_reader import OpenSlideReader
+from morphome.slides.patches import read_patch, resize_name, resize_patch
+from morphome.slides.reader import SlideError
 
 
 @pytest.fixture(scope="module")
