@@ -20,11 +20,26 @@ TILING: dict[str, Any] = {
     "min_tiles": 1,
     "max_pen_fraction": 0.2,
     "min_sharpness": 0.0,
+    "max_fold_fraction": 1.0,
+    "max_blood_fraction": 1.0,
+    "segmenter": "saturation",
+    "half_decode": False,
     "mpp_missing": "refuse",
     "mpp_overrides": {},
     "allow_upsampling": False,
 }
-FEATURES: dict[str, Any] = {"source": "encode", "encoder": "stain_texture", "max_failed_tiles": 0.01}
+SLIDES: dict[str, Any] = {"reader": "auto"}
+FEATURES: dict[str, Any] = {
+    "source": "encode",
+    "encoder": "stain_texture",
+    "device": "auto",
+    "precision": "declared",
+    "runtime": "torch",
+    "batch": 64,
+    "allow_unpinned": False,
+    "trust_remote_code": False,
+    "max_failed_tiles": 0.01,
+}
 
 
 def tiling(**changes: Any) -> dict[str, Any]:
