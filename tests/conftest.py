@@ -58,3 +58,14 @@ def synthetic():
 def painted(synthetic):
     """One painted image, uint8 (760, 1000, 3)."""
     return synthetic.paint()
+
+
+@pytest.fixture(scope="session")
+def timm():
+    """The module timm, imported after what its import needs beside a torch without CUDA."""
+    from morphome.vision import ensure_torchvision
+
+    ensure_torchvision()
+    import timm
+
+    return timm

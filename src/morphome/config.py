@@ -17,6 +17,7 @@ import jsonschema
 import yaml
 
 from morphome.errors import MorphomeError
+from morphome.features.fit import encoder_problems
 from morphome.paths import PANELS, Paths
 
 SCHEMA_PATH = Path(__file__).parent / "schemas" / "config.schema.yaml"
@@ -195,6 +196,8 @@ def _contradictions(full: Mapping[str, Any]) -> list[str]:
     needs_sheet = full["features"]["source"] == "encode"
     if needs_sheet and "sheet" not in full["slides"]:
         problems.append("slides.sheet: needed to encode slides. Remedy: a TSV with slide_id, patient_id, path")
+    if full["features"]["source"] == "encode":
+        problems += encoder_problems(full)
     for panel in PANELS:
         table = molecular.get(panel)
         if not table:
@@ -244,7 +247,10 @@ def named_files(full: Mapping[str, Any]) -> dict[str, Path]:
         "cohort.covariates.path": full["cohort"].get("covariates", {}).get("path"),
         "slides.sheet": full["slides"].get("sheet"),
         "slides.folder": full["slides"].get("folder"),
+        "tiling.masks": full["tiling"].get("masks"),
+        "tiling.segmenter_weights": full["tiling"].get("segmenter_weights"),
         "features.path": full["features"].get("path"),
+        "features.weights": full["features"].get("weights"),
         "splits.folder": full["splits"].get("folder") if full["splits"]["scheme"] == "published" else None,
         "molecular.sheet": full["molecular"].get("sheet"),
     }

@@ -39,11 +39,12 @@ def write_h5(path, attrs=None, data_attrs=None, **data):
 def imported(tmp_path):
     """Run the import for slides of a cohort; index, audit and a store."""
 
-    def run(path, slides=SLIDES, limit=0.0, excluded=()):
+    def run(path, slides=SLIDES, limit=0.0, excluded=(), **more):
         table = pd.DataFrame({"slide_id": slides, "patient_id": [s[:12] for s in slides], "path": ""})
         table["included"] = ~table["slide_id"].isin(excluded)
         write_parquet(table, tmp_path / "slides.parquet", "morphome.slides", {})
-        settings = {"slides": {"max_failed_fraction": limit}, "features": {"source": "external", "path": str(path)}}
+        features = {"source": "external", "path": str(path), **more}
+        settings = {"slides": {"max_failed_fraction": limit}, "features": features}
         outputs = {"index_out": tmp_path / "index.parquet", "audit_out": tmp_path / "audit.parquet"}
         run_import(settings=settings, slides=tmp_path / "slides.parquet", **outputs)
         index = read_parquet(outputs["index_out"], "morphome.feature_index", settings)
@@ -114,37 +115,89 @@ def test_other_files_are_refused_by_name(imported, tmp_path):
     with pytest.raises(MorphomeError, match="HDF5"):
         imported(tmp_path / "text.h5")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(MorphomeError, match=r"no \.h5"):
+    with pytest.raises(MorphomeError, match=r"no \.h5, \.pt"):
         imported(tmp_path / "empty")
 
 
-LAYOUTS = {
-    "clam": {"features": features(), "coords": coords().astype(np.int64)},
-    "trident": {"features": features(), "coords": coords(), "data_attrs": {"encoder": "uni_v1"}},
-    "old trident": {"features": features()[None], "coords": coords().astype(np.int32)},
-    "stamp": {"feats": features().astype(np.float16), "coords": coords() * 0.5,
-              "attrs": {"stamp_version": "2.4.0", "extractor": "uni2", "unit": "um", "feat_type": "tile"}},
-    "atlaspatch": {"features__uni_v2": features(),
-                   "coords": np.column_stack([coords(), np.zeros((5, 3))]).astype(np.int32)},
-    "no coordinates": {"features": features()},
-}  # fmt: skip
+#: Writer in peer_files, its arguments, fingerprint, and whether level-0 coordinates are known without more.
+FOLDERS = {
+    "clam": ({}, "imported:clam:unknown:8", True),
+    "trident": ({}, "imported:trident:uni_v1:8", True),
+    "stamp": ({}, "imported:stamp:uni2:8", False),
+    "atlaspatch": ({}, "imported:atlaspatch:uni_v2:8", True),
+    "slide2vec": ({}, "imported:slide2vec:virchow2:8", True),
+    "npy": ({"with_coords": False}, "imported:npy:unknown:8", False),
+    "wsidata": ({"shuffle": False}, "imported:lazyslide:uni:8", True),
+    "ours": ({}, "ab12cd34ef56", True),
+}
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_folders_of_each_tool(imported, tmp_path, name):
+@pytest.mark.parametrize("writer", FOLDERS)
+def test_folders_of_each_tool(imported, peers, tmp_path, writer):
+    """The folder that the tool made may be named, or the one below it that holds the files."""
+    if writer == "wsidata":
+        pytest.importorskip("zarr")
+    changes, fingerprint, has_coords = FOLDERS[writer]
     for slide in SLIDES:
-        write_h5(tmp_path / "f" / f"{slide}.h5", **LAYOUTS[name])
+        getattr(peers, writer)(tmp_path / "f", slide, **changes)
     index, _, store = imported(tmp_path / "f")
     assert (index["status"] == "ok").all(), index["reason"].tolist()
     assert (index["dim"] == 8).all()
-    expected = {"clam": "h5:unknown", "trident": "trident:uni_v1", "old trident": "h5:unknown",
-                "stamp": "stamp:uni2", "atlaspatch": "atlaspatch:uni_v2", "no coordinates": "h5:unknown"}  # fmt: skip
-    assert set(index["fingerprint"]) == {f"imported:{expected[name]}:8"}
-    assert index["has_coords"].all() == (name not in ("stamp", "no coordinates"))
+    assert set(index["fingerprint"]) == {fingerprint}
+    assert index["has_coords"].all() == has_coords
     bag, places = store.bag(SLIDES[:1])
-    assert np.abs(bag - features()).max() < 0.002
-    if index["has_coords"].all():
-        np.testing.assert_array_equal(places[:, 1:], coords())
+    assert bag.shape == (12, 8)
+    assert np.abs(bag - peers.features()).max() < 0.002
+    np.testing.assert_array_equal(places[:, 1:], peers.coords() if has_coords else np.zeros((12, 2)))
+
+
+def test_trap_9_slides_of_a_patient_are_joined_by_id(imported, peers, tmp_path):
+    for seed, slide in [(1, SLIDES[2]), (2, SLIDES[1])]:
+        peers.trident(tmp_path, slide, values=peers.features(seed=seed))
+    *_, store = imported(tmp_path, slides=SLIDES[1:])
+    bag, places = store.bag([SLIDES[2], SLIDES[1]])
+    np.testing.assert_array_equal(bag, np.concatenate([peers.features(seed=2), peers.features(seed=1)]))
+    np.testing.assert_array_equal(places[:, 0], [0] * 12 + [1] * 12)
+
+
+def test_old_trident_files(imported, tmp_path):
+    for slide in SLIDES:
+        write_h5(tmp_path / "f" / f"{slide}.h5", features=features()[None], coords=coords().astype(np.int32))
+    _, _, store = imported(tmp_path / "f")
+    bag, places = store.bag(SLIDES[:1])
+    np.testing.assert_array_equal(bag, features())
+    np.testing.assert_array_equal(places[:, 1:], coords())
+
+
+def test_one_of_several_encoders_is_chosen(imported, peers, tmp_path):
+    for slide in SLIDES:
+        peers.atlaspatch(tmp_path, slide, encoders=("uni_v2", "conch_v15"))
+    with pytest.raises(MorphomeError, match=r"several_encoders.*features\.dataset"):
+        imported(tmp_path)
+    index, _, store = imported(tmp_path, dataset="conch_v15")
+    assert set(index["fingerprint"]) == {"imported:atlaspatch:conch_v15:8"}
+    np.testing.assert_array_equal(store.bag(SLIDES[:1])[0], peers.features(seed=1))
+
+
+def test_microns_become_pixels_where_the_resolution_is_known(imported, peers, tmp_path):
+    for slide, mpp in zip(SLIDES, (0.25, 0.5, 0.2527), strict=True):
+        peers.stamp(tmp_path / "stamp", slide, mpp=mpp)
+        peers.ours(tmp_path / "tiles", slide, mpp=mpp)
+    index, _, store = imported(tmp_path / "stamp", mpp=str(tmp_path / "tiles"))
+    assert store.has_coords
+    assert index["mpp_x"].tolist() == [0.25, 0.5, 0.2527]
+    for slide in SLIDES:
+        np.testing.assert_array_equal(store.bag([slide])[1][:, 1:], peers.coords())
+    *_, store = imported(tmp_path / "stamp", mpp=0.25)
+    np.testing.assert_array_equal(store.bag(SLIDES[1:2])[1][:, 1:], peers.coords() * 2)
+
+
+def test_the_unit_of_the_vectors_is_stated(imported, peers, tmp_path):
+    path = packed(tmp_path / "bags.h5")
+    assert imported(path)[0].attrs["unit"] == "region"
+    for slide in SLIDES:
+        peers.trident(tmp_path, slide)
+    assert imported(tmp_path / "features_uni_v1")[0].attrs["unit"] == "tile"
 
 
 def test_folders_of_pt_files(imported, tmp_path):

@@ -11,8 +11,9 @@ from skimage.filters import threshold_otsu
 
 from morphome.features import stain_texture as st
 from morphome.features.dimensions import DIMENSIONS
-from morphome.features.registry import load
+from morphome.features.registry import ENCODERS
 
+ENCODER = st.StainTexture(ENCODERS["stain_texture"])
 INDEX = {d.name: i for i, d in enumerate(DIMENSIONS)}
 
 
@@ -108,7 +109,7 @@ def test_blur_and_fibres_are_seen(tile):
 
 @pytest.mark.parametrize("value", [0, 127, 255])
 def test_even_tiles_give_finite_vectors(value):
-    vector = load("stain_texture").encode(np.full((1, 256, 256, 3), value, np.uint8))
+    vector = ENCODER.encode(np.full((1, 256, 256, 3), value, np.uint8))
     assert np.isfinite(vector).all()
     assert np.abs(vector).max() <= st.CLIP
 
@@ -116,14 +117,14 @@ def test_even_tiles_give_finite_vectors(value):
 @pytest.mark.parametrize("side", [16, 64, 100, 224, 256, 512, 1024])
 def test_tiles_of_any_size(side):
     noise = np.random.default_rng(side).integers(0, 256, (1, side, side, 3), dtype=np.uint8)
-    vector = load("stain_texture").encode(noise)
+    vector = ENCODER.encode(noise)
     assert vector.shape == (1, 64)
     assert np.isfinite(vector).all()
 
 
 def test_stained_tiles_lie_in_the_middle_of_the_range(painted):
     tiles = np.stack([painted[y : y + 128, x : x + 128] for y in (200, 330, 460) for x in (250, 400, 550)])
-    vectors = load("stain_texture").encode(tiles)
+    vectors = ENCODER.encode(tiles)
     assert np.median(np.abs(vectors)) < 2
     assert (np.abs(vectors) < st.CLIP).mean() > 0.97
 
@@ -132,7 +133,7 @@ def test_the_vector_of_a_stored_tile_does_not_change(synthetic):
     """Golden values of version 1; float32, to the last digit that float16 keeps."""
     y, x = np.mgrid[:64, :64]
     tile = np.stack([(x * 3 + y) % 200 + 40, (x * y) % 180 + 30, (x + 2 * y) % 150 + 90], axis=-1).astype(np.uint8)
-    vector = load("stain_texture").encode(tile[None])[0]
+    vector = ENCODER.encode(tile[None])[0]
     np.testing.assert_allclose(vector[::6], GOLDEN, atol=2e-3)
 
 
@@ -141,4 +142,4 @@ GOLDEN = [1.3061, 4.1296, 1.8657, 0.5745, -0.3186, 8.0, -0.0229, -2.58, 6.5119, 
 
 def test_what_is_no_tile_is_refused():
     with pytest.raises(ValueError, match="uint8"):
-        load("stain_texture").encode(np.zeros((1, 8, 8, 3), np.float32))
+        ENCODER.encode(np.zeros((1, 8, 8, 3), np.float32))

@@ -83,29 +83,34 @@ def test_without_coordinates_places_are_zero(store, tmp_path):
     np.testing.assert_array_equal(made.bag(["a"])[1], np.zeros((3, 3)))
 
 
-def test_a_cache_gives_the_same_without_reading_again(store, tmp_path):
-    plain = write_h5(tmp_path / "a.h5", bag(6), grid(6))
-    packed = tmp_path / "packed.h5"
-    with h5py.File(packed, "w") as handle:
-        handle.create_dataset("features", data=bag(10, seed=4), compression="gzip", chunks=(4, 4))
-    rows = row("a", plain, 6), row("b", packed, 4, layout="packed_h5", start=3, stop=7, has_coords=False)
-    made = store(*rows)
-    expected = made.bag(["a", "b"])
-    np.testing.assert_array_equal(expected[0][6:], bag(10, seed=4)[3:7])
-    cached = made.cache()
-    first = cached.bag(["a", "b"])
-    packed.unlink()
-    second = cached.bag(["a", "b"])
-    for one, two, three in zip(expected, first, second, strict=True):
-        np.testing.assert_array_equal(one, two)
-        np.testing.assert_array_equal(one, three)
-    assert isinstance(cached._kept["a"][0], np.memmap)
-
-
 def test_old_trident_files_have_a_leading_axis(store, tmp_path):
     made = store(row("a", write_h5(tmp_path / "a.h5", bag(5)[None], grid(5)), 5))
     np.testing.assert_array_equal(made.bag(["a"])[0], bag(5))
-    np.testing.assert_array_equal(made.cache().bag(["a"])[0], bag(5))
+
+
+def test_bags_of_other_tools(store, peers, tmp_path):
+    """The index says which of several encoders, and how microns become pixels."""
+    made = store(
+        row("a", peers.atlaspatch(tmp_path / "a", encoders=("x", "y")), 12, dim=8, dataset="y"),
+        row("b", peers.stamp(tmp_path / "b"), 12, dim=8, mpp_x=0.25, mpp_y=0.25),
+        row("c", peers.slide2vec(tmp_path / "c"), 12, dim=8, layout="pt"),
+    )
+    features, places = made.bag(["a", "b", "c"])
+    half = peers.features(dtype=np.float16)
+    np.testing.assert_array_equal(features, np.concatenate([peers.features(seed=1), half, peers.features()]))
+    np.testing.assert_array_equal(places[:, 1:], np.tile(peers.coords(), (3, 1)))
+
+
+def test_an_index_of_before_these_columns(tmp_path):
+    old = index_table([row("a", write_h5(tmp_path / "a.h5", bag(5), grid(5)), 5)])
+    write_parquet(old.drop(columns=["dataset", "mpp_x", "mpp_y"]), tmp_path / "index.parquet", INDEX_FORMAT, {})
+    np.testing.assert_array_equal(BagStore(tmp_path / "index.parquet").bag(["a"])[0], bag(5))
+
+
+def test_an_empty_bag_of_another_dimension(store, tmp_path):
+    path = write_h5(tmp_path / "a.h5", np.zeros((0, 9), np.float32), np.zeros((0, 2), np.int32))
+    made = store(row("a", path, 0, dim=9, status="empty"), row("b", write_h5(tmp_path / "b.h5", bag(2), grid(2)), 2))
+    assert made.bag(["a", "b"])[0].shape == (2, 4)
 
 
 def test_a_store_can_be_sent_to_another_process(store, tmp_path):

@@ -21,6 +21,7 @@ from morphome.cohort.slide_sheet import (
     slide_from_id,
 )
 from morphome.errors import MorphomeError
+from morphome.features.bag_files import find_bags
 from morphome.files import write_json, write_parquet
 
 PATIENT_COLUMNS = (
@@ -99,7 +100,7 @@ def run_cohort(*, settings: Mapping[str, Any], patients_out: Path, slides_out: P
 
 
 def external_slides(path: Path) -> list[SlideRow]:
-    """Slides of features that were made elsewhere: a packed ``.h5`` or a folder of ``.h5`` and ``.pt`` files.
+    """Slides of features that were made elsewhere: a packed ``.h5`` or a folder of one bag a slide.
 
     The packed file names slides and patients in its datasets ``slide_id`` and ``case_id``. In a folder the file
     names are the slide ids, and the patient is read from the TCGA barcode.
@@ -110,15 +111,11 @@ def external_slides(path: Path) -> list[SlideRow]:
     remedy = "list slide_id and patient_id in a table and name it in slides.sheet"
     path = Path(path)
     if path.is_dir():
-        names = sorted(file.name for file in path.iterdir() if file.suffix in (".h5", ".pt"))
-        if not names:
-            raise MorphomeError(f"{path}: no .h5 or .pt file (features.path)", "check features.path")
         pairs = []
-        for name in names:
-            slide_id = cut_suffix(name)
+        for slide_id, file in find_bags(path).items():
             barcode = try_barcode(slide_id)
             if barcode is None:
-                raise MorphomeError(f"{path / name}: the name is no TCGA barcode, so its patient is not known", remedy)
+                raise MorphomeError(f"{file}: the name is no TCGA barcode, so its patient is not known", remedy)
             pairs.append((slide_id, barcode.patient))
     else:
         pairs = _packed_ids(path, remedy)

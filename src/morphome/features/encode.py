@@ -1,264 +1,259 @@
-"""The encode step: features of one slide's tiles.
+"""The encode step: features of the tiles of slides.
 
-Each tile is read once at level 0, brought to the encoder's size by one area mean, measured for sharpness and
-encoded. A tile that cannot be read is tried once more with a fresh reader, then recorded as failed; it is never
-replaced by white and never dropped without a count.
+Each tile is read once at level 0, brought to the encoder's size by one resize, measured for sharpness and encoded.
+Slides are taken in the order given; the encoder is loaded once, and the tiles of the next slide are read while this
+one is encoded. A tile that cannot be read is tried once more with a fresh OpenSlide reader, then recorded as failed;
+it is never replaced by white and never dropped without a count. The files do not depend on the number of threads.
+
+A slide's files are written whole, as soon as it is encoded: a job that is killed loses the slide it was at, and the
+next one passes over every slide that is done and unchanged.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from tqdm import tqdm
 
 from morphome.errors import MorphomeError
-from morphome.features.registry import Encoder, encoder_spec, fingerprint, fingerprint_sha256, load
-from morphome.files import atomic_path, check_stamp, file_head, settings_hash, stamp, write_json
-from morphome.slides.openslide_reader import OpenSlideReader
-from morphome.slides.patches import read_patch, resize_name
-from morphome.slides.quality import sharpness
-from morphome.slides.reader import SlideError
+from morphome.features.encode_files import Encoded, Planned, finished, read_tiles, write_features
+from morphome.features.encoders import Encoder, begin, how_run, load_encoder, reading_threads
+from morphome.features.feed import TileFeed
+from morphome.features.fit import check_fit
+from morphome.files import write_json
+from morphome.slides.reader import ReaderChoice, SlideError
 
-#: Tiles handed to the encoder at once.
-BATCH = 64
-
-
-@dataclass
-class Encoded:
-    """Vectors of the tiles that could be read, in the order planned, and the coordinates of those that could not."""
-
-    features: np.ndarray
-    coords: np.ndarray
-    sharpness: np.ndarray
-    failed: np.ndarray
-    seconds_read: float = 0.0
-    seconds_encode: float = 0.0
-
-    @classmethod
-    def none(cls, dim: int) -> Encoded:
-        """No tiles."""
-        coords = np.zeros((0, 2), np.int32)
-        return cls(np.zeros((0, dim), np.float16), coords, np.zeros(0, np.float32), coords.copy())
+#: Batches that may be on the device before the oldest is fetched.
+IN_FLIGHT = 2
 
 
-def run_encode(
-    *,
-    slide_path: Path,
-    slide_id: str,
-    tiles_h5: Path,
-    settings: Mapping[str, Any],
-    h5_out: Path,
-    timing_out: Path,
-) -> None:
-    """Encode one slide.
+@dataclass(frozen=True)
+class EncodeJob:
+    """One slide to encode.
 
-    Args:
-        slide_path: the slide file that was tiled.
-        tiles_h5: ``morphome.tiles``.
-        settings: sections ``tiling`` and ``features`` (``encoder``, ``max_failed_tiles``).
+    Attributes:
+        slide_path: the slide that was tiled: a file, or the folder of a DICOM series.
+        slide_id: as in the slide sheet.
+        tiles_h5: ``morphome.tiles`` of the slide.
+        settings: what the outputs are stamped with: sections ``tiling`` (of this slide), ``slides`` (``reader``) and
+            ``features`` (``encoder``, ``precision``, ``max_failed_tiles``).
         h5_out: ``morphome.tile-features``; ``features`` float16 (N, D), ``coords`` int32 (N, 2), ``sharpness``
             float32 (N,), ``failed_coords`` int32 (M, 2). A slide that failed has N = 0 and says why.
         timing_out: ``morphome.timing``.
+    """
+
+    slide_path: Path
+    slide_id: str
+    tiles_h5: Path
+    settings: Mapping[str, Any]
+    h5_out: Path
+    timing_out: Path
+
+
+def run_encode(
+    *, jobs: Sequence[EncodeJob], features: Mapping[str, Any], code: str, threads: int = 1
+) -> list[dict[str, Any]]:
+    """Encode slides.
+
+    Args:
+        jobs: slides in the order in which they are encoded.
+        features: the whole section ``features``; how the encoder runs (``weights``, ``device``, ``runtime``,
+            ``batch``) stands only here.
+        code: hash of the code of this step; a slide that other code encoded is encoded again.
+        threads: threads for reading, and for a network on the CPU.
+
+    Returns:
+        One record a slide: ``slide_id``, ``n_tiles``, ``status``, ``reason_code``, ``reason``, ``content_key`` and
+        ``skipped`` (it was done before and nothing changed since).
 
     Raises:
-        MorphomeError: the tiles are of another slide or format, the encoder does not fit the tiling, or a vector
-            is not finite.
+        MorphomeError: tiles are of another slide or format, the encoder does not fit the tiling or cannot be loaded,
+            a vector is not finite, or an output cannot be written. Slides before that one are done.
     """
+    for job in jobs:
+        check_fit(features, job.settings["tiling"])
+    plans = [read_tiles(job, features, code) for job in jobs]
+    done = [finished(plan) for plan in plans]
+    waiting = [plan for plan, record in zip(plans, done, strict=True) if record is None]
+    work = [plan.work for plan in waiting if plan.work is not None]
     started = time.perf_counter()
-    spec = encoder_spec(settings["features"]["encoder"])
-    _check_fit(settings)
-    planned, coords_attrs, tile_attrs = _read_tiles(Path(tiles_h5), slide_id)
-    status = {name: tile_attrs[name] for name in ("status", "reason_code", "reason")}
-    encoded = Encoded.none(spec.dim)
-    if status["status"] == "ok" and len(planned):
-        try:
-            encoded = _encode_tiles(Path(slide_path), slide_id, planned, coords_attrs, load(spec.key), tile_attrs)
-            limit = settings["features"]["max_failed_tiles"]
-            if len(encoded.failed) > limit * len(planned):
-                raise SlideError(
-                    "too_many_failed_tiles",
-                    f"slide '{slide_id}' ({slide_path}): {len(encoded.failed)} of {len(planned)} tiles cannot be "
-                    f"read; features.max_failed_tiles allows {limit:g}",
-                    "fetch the file again and compare its md5, or raise features.max_failed_tiles",
-                )
-        except SlideError as error:
-            status = {"status": "failed", "reason_code": error.code, "reason": str(error)}
-            failed = encoded.failed if len(encoded.failed) else planned
-            encoded = Encoded.none(spec.dim)
-            encoded.failed = failed
-    facts = {**status, "slide_id": slide_id, "n_tiles_planned": len(planned), "n_tiles_failed": len(encoded.failed)}
-    _write(h5_out, encoded, facts, coords_attrs, tile_attrs, settings)
-    seconds = time.perf_counter() - started
-    n_read = len(encoded.features)
-    timing = {
-        "slide_id": slide_id,
-        "n_tiles": n_read,
-        "seconds_total": seconds,
-        "seconds_read": encoded.seconds_read,
-        "seconds_encode": encoded.seconds_encode,
-        "tiles_per_second": n_read / seconds if n_read else None,
-        "reader": "openslide",
-        "encoder": spec.key,
-    }
-    write_json(timing, timing_out, "morphome.timing", settings)
+    encoder = load_encoder(features, threads) if work else None
+    seconds_load = time.perf_counter() - started
+    n_readers = reading_threads(encoder, threads) if encoder else 1
+    records: list[dict[str, Any]] = []
+    with TileFeed(work, n_readers) as feed:
+        number = 0
+        for plan, record in zip(plans, done, strict=True):
+            if record is None:
+                at = number if plan.work is not None else None
+                number += plan.work is not None
+                facts = {"threads": threads, "reading_threads": n_readers, "seconds_load": seconds_load}
+                record = _encode_slide(plan, encoder, feed, at, features, facts)
+                seconds_load = 0.0  # loading counts once
+            records.append(record)
+    return records
 
 
 def to_float16(features: np.ndarray, slide_id: str) -> np.ndarray:
-    """Cast vectors to float16 after a check.
+    """Cast vectors to float16 and check them.
 
     Raises:
         MorphomeError: a value is NaN, infinite or beyond the largest float16 (65,504).
     """
-    if not np.isfinite(features).all() or (np.abs(features) > np.finfo(np.float16).max).any():
-        bad = ~np.isfinite(features) | (np.abs(features) > np.finfo(np.float16).max)
+    with np.errstate(over="ignore"):  # becomes infinite, which is what is looked for
+        half = features.astype(np.float16)
+    bad = ~np.isfinite(half)
+    if bad.any():
         raise MorphomeError(
             f"slide '{slide_id}': {int(bad.sum())} feature values are not finite in float16 "
             f"(dimensions {sorted(set(np.nonzero(bad)[1].tolist()))[:5]})",
-            "this is a fault of the encoder: report it with the slide",
+            "this is a fault of the encoder, or of features.precision: try fp32, and report it with the slide",
         )
-    return features.astype(np.float16)
+    return half
 
 
-def _check_fit(settings: Mapping[str, Any]) -> None:
-    """The encoder takes tiles of this size and resolution."""
-    spec, tiling = encoder_spec(settings["features"]["encoder"]), settings["tiling"]
-    if spec.input_px is not None and spec.input_px != tiling["patch_px"]:
-        raise MorphomeError(
-            f"tiling.patch_px: {tiling['patch_px']}, but features.encoder '{spec.key}' takes {spec.input_px}",
-            f"set tiling.patch_px to {spec.input_px}",
-        )
-    low, high = spec.supported_mpp
-    if not low <= tiling["mpp_target"] <= high:
-        raise MorphomeError(
-            f"tiling.mpp_target: {tiling['mpp_target']:g}, but features.encoder '{spec.key}' is meant for "
-            f"{low:g} to {high:g} microns per pixel",
-            "change tiling.mpp_target or the encoder",
-        )
+def rebatch(blocks: Iterable[np.ndarray], batch: int) -> Iterator[np.ndarray]:
+    """Cut tiles that come in blocks of any size, uint8 (n, H, W, 3), into batches of ``batch``; the last is shorter.
+
+    Each batch is a view of one buffer, which the next one overwrites.
+    """
+    buffer: np.ndarray | None = None
+    filled = 0
+    for tiles in blocks:
+        if buffer is None:
+            buffer = np.empty((batch, *tiles.shape[1:]), tiles.dtype)
+        while len(tiles):
+            n = min(batch - filled, len(tiles))
+            buffer[filled : filled + n] = tiles[:n]
+            filled, tiles = filled + n, tiles[n:]
+            if filled == batch:
+                yield buffer
+                filled = 0
+    if filled:
+        yield buffer[:filled]
 
 
-def _read_tiles(path: Path, slide_id: str) -> tuple[np.ndarray, dict[str, Any], dict[str, Any]]:
-    """Planned coordinates, their attributes, and the attributes of the tile file."""
-    try:
-        with h5py.File(path, "r", locking=False) as handle:
-            attrs = dict(handle.attrs)
-            check_stamp(attrs, path, "morphome.tiles")
-            coords, coords_attrs = handle["coords"][()], dict(handle["coords"].attrs)
-    except (OSError, KeyError) as error:
-        raise MorphomeError(f"{path}: cannot be read as a tile file: {error}", "run the tile step again") from None
-    if attrs["slide_id"] != slide_id:
-        raise MorphomeError(f"{path}: tiles of slide '{attrs['slide_id']}', not '{slide_id}'", "check the arguments")
-    return coords, coords_attrs, attrs
+def _encode_slide(
+    plan: Planned,
+    encoder: Encoder | None,
+    feed: TileFeed,
+    number: int | None,
+    features: Mapping[str, Any],
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Encode a slide, write its two files and give its record; ``number`` is its place in the feed, if it has one."""
+    started, waited = time.perf_counter(), feed.seconds_wait
+    encoded, status, choice = Encoded.none(plan.spec.dim), dict(plan.status), None
+    how = (
+        how_run(encoder, features["batch"]) if encoder else dict.fromkeys(("device", "runtime", "arithmetic", "batch"))
+    )
+    if number is not None:
+        try:
+            encoded = _encode_tiles(plan, encoder, feed, number, how["batch"])
+            _refuse_many_failed(plan, encoded)
+        except SlideError as error:
+            status = {"status": "failed", "reason_code": error.code, "reason": str(error)}
+            failed = encoded.failed if len(encoded.failed) else plan.coords
+            seconds = encoded.seconds_read, encoded.seconds_encode
+            encoded = Encoded.none(plan.spec.dim)
+            encoded.failed = failed
+            encoded.seconds_read, encoded.seconds_encode = seconds
+        choice = feed.choice(number)
+    content_key = write_features(plan, encoded, status, choice, how["arithmetic"] or "")
+    seconds = time.perf_counter() - started
+    timing = _timing(plan, encoded, choice, seconds, feed.seconds_wait - waited, {**how, **facts})
+    write_json(timing, plan.job.timing_out, "morphome.timing", plan.job.settings)
+    n_tiles = len(encoded.features)
+    return {
+        "slide_id": plan.job.slide_id, "n_tiles": n_tiles, **status, "content_key": content_key, "skipped": False
+    }  # fmt: skip
 
 
-def _encode_tiles(
-    path: Path,
-    slide_id: str,
-    planned: np.ndarray,
-    attrs: Mapping[str, Any],
-    encoder: Encoder,
-    tile_attrs: Mapping[str, Any],
-) -> Encoded:
-    """Read and encode every tile in order.
+def _encode_tiles(plan: Planned, encoder: Encoder, feed: TileFeed, number: int, batch: int) -> Encoded:
+    """Vectors of every tile that can be read, in order.
 
     Raises:
-        SlideError: the slide cannot be opened, or is another file than the one that was tiled.
+        SlideError: the slide cannot be opened, or is not (or no longer) the file that was tiled.
     """
-    size = (int(attrs["side_x_px"]), int(attrs["side_y_px"]), int(attrs["patch_size"]))
-    vectors = np.empty((len(planned), encoder.spec.dim), np.float16)
-    sharp = np.empty(len(planned), np.float32)
-    read = np.zeros(len(planned), bool)
-    batch: list[np.ndarray] = []
-    waiting: list[int] = []
-    out = Encoded.none(encoder.spec.dim)
+    out = Encoded.none(plan.spec.dim)
+    vectors = np.empty((len(plan.coords), plan.spec.dim), np.float16)
+    sharp: list[np.ndarray] = [out.sharpness]
+    read = np.zeros(len(plan.coords), bool)
+    in_flight: deque[Callable[[], np.ndarray]] = deque()
+    n_done = 0
 
-    def flush() -> None:
-        if batch:
-            started = time.perf_counter()
-            vectors[waiting] = to_float16(encoder.encode(np.stack(batch)), slide_id)
-            out.seconds_encode += time.perf_counter() - started
-            batch.clear()
-            waiting.clear()
+    def tiles() -> Iterator[np.ndarray]:
+        with tqdm(total=len(plan.coords), desc=plan.job.slide_id, disable=None) as bar:
+            for fed in feed.blocks(number):
+                read[fed.at] = fed.block.ok
+                sharp.append(fed.sharpness)
+                out.seconds_read += fed.seconds
+                yield fed.block.tiles
+                bar.update(fed.at.stop - fed.at.start)
 
-    reader = OpenSlideReader(path)
-    try:
-        if file_head(reader.facts.path) != tile_attrs["slide_sha256_head"]:
-            raise SlideError("slide_changed", f"slide '{slide_id}': {path} is not the file that was tiled",
-                             "run the tile step again")  # fmt: skip
-        for number, (x, y) in enumerate(tqdm(planned.tolist(), desc=slide_id, disable=None)):
-            started = time.perf_counter()
-            try:
-                tile = read_patch(reader, x, y, *size)
-            except SlideError:
-                # OpenSlide keeps an error for the rest of a handle's life: only a fresh one can try again.
-                reader.close()
-                reader = OpenSlideReader(path)
-                try:
-                    tile = read_patch(reader, x, y, *size)
-                except SlideError:
-                    reader.close()
-                    reader = OpenSlideReader(path)
-                    continue
-            out.seconds_read += time.perf_counter() - started
-            read[number] = True
-            sharp[number] = sharpness(tile)
-            batch.append(tile)
-            waiting.append(number)
-            if len(batch) == BATCH:
-                flush()
-        flush()
-    finally:
-        reader.close()
-    out.features, out.coords, out.sharpness, out.failed = vectors[read], planned[read], sharp[read], planned[~read]
+    def fetch() -> None:
+        nonlocal n_done
+        found = to_float16(in_flight.popleft()(), plan.job.slide_id)
+        vectors[n_done : n_done + len(found)] = found
+        n_done += len(found)
+
+    spent, busy = 0.0, getattr(encoder, "seconds_busy", None)
+    for tile_batch in rebatch(tiles(), batch):
+        started = time.perf_counter()
+        in_flight.append(begin(encoder, tile_batch))
+        if len(in_flight) > IN_FLIGHT:
+            fetch()
+        spent += time.perf_counter() - started
+    started = time.perf_counter()
+    while in_flight:
+        fetch()
+    spent += time.perf_counter() - started
+    # A GPU computes while this thread does other things: it is asked how long it was busy.
+    out.seconds_encode = spent if busy is None else encoder.seconds_busy - busy
+    out.features, out.sharpness = vectors[:n_done], np.concatenate(sharp)
+    out.coords, out.failed = plan.coords[read], plan.coords[~read]
     return out
 
 
-def _write(
-    path: Path,
+def _refuse_many_failed(plan: Planned, encoded: Encoded) -> None:
+    limit, n_planned = plan.job.settings["features"]["max_failed_tiles"], len(plan.coords)
+    if len(encoded.failed) > limit * n_planned:
+        raise SlideError(
+            "too_many_failed_tiles",
+            f"slide '{plan.job.slide_id}' ({plan.job.slide_path}): {len(encoded.failed)} of {n_planned} tiles cannot "
+            f"be read; features.max_failed_tiles allows {limit:g}",
+            "fetch the file again and compare its md5, or raise features.max_failed_tiles",
+        )
+
+
+def _timing(
+    plan: Planned,
     encoded: Encoded,
-    facts: Mapping[str, Any],
-    coords_attrs: Mapping[str, Any],
-    tile_attrs: Mapping[str, Any],
-    settings: Mapping[str, Any],
-) -> None:
-    """Contiguous datasets with TRIDENT's attribute names and ours."""
-    features, tiling = settings["features"], settings["tiling"]
-    spec, mark = encoder_spec(features["encoder"]), fingerprint(features, tiling)
-    key = ":".join([
-        str(tile_attrs["slide_sha256_head"]),
-        settings_hash(tiling),
-        str(coords_attrs["mask_sha256"]),
-        hashlib.sha256(np.ascontiguousarray(encoded.coords).tobytes()).hexdigest(),
-        mark,
-    ])  # fmt: skip
-    with atomic_path(path) as temporary, h5py.File(temporary, "w", locking=False) as handle:
-        handle.attrs.update(stamp("morphome.tile-features", settings))
-        handle.attrs.update(facts)
-        handle.attrs["content_key"] = hashlib.sha256(key.encode()).hexdigest()[:32]
-        handle.attrs["reader"] = "openslide"
-        handle.attrs["dct_scale"] = 1
-        handle.attrs["slide_sha256_head"] = tile_attrs["slide_sha256_head"]
-        sides = (int(coords_attrs["side_x_px"]), int(coords_attrs["side_y_px"]))
-        handle.attrs["resize"] = resize_name(*sides, int(tiling["patch_px"])) if min(sides) else ""
-        handle["features"] = encoded.features
-        handle["features"].attrs.update({
-            "name": facts["slide_id"],
-            "savetodir": "",
-            "encoder": spec.key,
-            "encoder_version": spec.version,
-            "encoder_fingerprint": mark,
-            "encoder_fingerprint_sha256": fingerprint_sha256(features, tiling),
-            "weights_sha256": spec.weights_sha256,
-            "output_variant": spec.variant,
-            "precision": spec.precision,
-        })  # fmt: skip
-        handle["coords"] = encoded.coords
-        handle["coords"].attrs.update(coords_attrs)
-        handle["sharpness"] = encoded.sharpness
-        handle["failed_coords"] = encoded.failed
+    choice: ReaderChoice | None,
+    seconds: float,
+    seconds_wait: float,
+    how: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The record of where the time of a slide went."""
+    n_read = len(encoded.features)
+    slower_reader = encoded.seconds_read / how["reading_threads"] > encoded.seconds_encode
+    return {
+        "slide_id": plan.job.slide_id,
+        "n_tiles": n_read,
+        "seconds_total": seconds,
+        "seconds_read": encoded.seconds_read,
+        "seconds_wait": seconds_wait,
+        "seconds_encode": encoded.seconds_encode,
+        "tiles_per_second": n_read / seconds if n_read else None,
+        "bound": ("reader" if slower_reader else "encoder") if n_read else None,
+        "reader": choice.name if choice else None,
+        "dct_scale": plan.dct_scale,
+        "encoder": plan.spec.name,
+        **how,
+    }

@@ -9,22 +9,22 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from math import nan
 from pathlib import Path
 from typing import Any
 
-import h5py
-import numpy as np
 from tqdm import tqdm
 
-from morphome.cohort.barcode import cut_suffix
 from morphome.cohort.slide_sheet import few_names
 from morphome.errors import MorphomeError
+from morphome.features.bag import BagError, BagFacts, check_bag
+from morphome.features.bag_files import find_bags
 from morphome.features.collect import AUDIT_FORMAT, index_facts, refuse_many_failed
-from morphome.features.layouts import BagError, BagFacts, check_finite, inspect_bag
+from morphome.features.layouts import content_key, inspect_bag
+from morphome.features.packed import open_packed
+from morphome.features.slide_mpp import slide_mpp
 from morphome.features.store import INDEX_FORMAT, index_table
 from morphome.files import file_head, read_parquet, write_parquet
-
-SUFFIXES = (".h5", ".pt")
 
 
 def run_import(*, settings: Mapping[str, Any], slides: Path, index_out: Path, audit_out: Path) -> None:
@@ -36,7 +36,10 @@ def run_import(*, settings: Mapping[str, Any], slides: Path, index_out: Path, au
 
     Args:
         settings: ``slides.max_failed_fraction`` and ``features.path``: a packed ``.h5`` (``features``,
-            ``offsets``, ``slide_id`` and, if wanted, ``case_id``) or a folder of ``.h5`` or ``.pt`` files.
+            ``offsets``, ``slide_id`` and, if wanted, ``case_id``) or a folder of one bag a slide, see
+            :mod:`morphome.features.layouts`; if wanted ``features.dataset``, which to take of several encoders in
+            one file, and ``features.mpp``, microns per pixel for coordinates in microns, see
+            :func:`morphome.features.slide_mpp.slide_mpp`.
         slides: ``morphome.slides``.
         index_out, audit_out: ``morphome.feature_index`` and ``morphome.slide_audit``.
 
@@ -44,12 +47,13 @@ def run_import(*, settings: Mapping[str, Any], slides: Path, index_out: Path, au
         MorphomeError: no features or none of a listed slide, a slide twice, another patient than the cohort says,
             features of several dimensions or encoders, or too many files that cannot be used.
     """
-    path = Path(settings["features"]["path"])
+    features = settings["features"]
+    path = Path(features["path"])
     listed = read_parquet(slides, "morphome.slides")
     listed = listed[listed["included"]]
     patients = dict(zip(listed["slide_id"].astype(str), listed["patient_id"].astype(str), strict=True))
     if path.is_dir():
-        rows, available = _folder_rows(path, patients)
+        rows, available = _folder_rows(path, patients, features.get("dataset"), features.get("mpp"))
     elif path.is_file():
         rows, available = _packed_rows(path, patients)
     else:
@@ -66,83 +70,63 @@ def run_import(*, settings: Mapping[str, Any], slides: Path, index_out: Path, au
     missing = [_row(slide, path, "h5", None, "no_features", "features.path holds no features of this slide")
                for slide in sorted(set(patients) - matched)]  # fmt: skip
     index = index_table([*rows, *missing])
-    counts = {"n_unused": len(set(available) - matched), "n_without_features": len(missing), "unit": "as imported"}
+    units = {row["unit"] for row in rows if row["status"] == "ok"}
+    counts = {
+        "n_unused": len(set(available) - matched),
+        "n_without_features": len(missing),
+        "unit": units.pop() if len(units) == 1 else "unknown",
+    }
     write_parquet(index, index_out, INDEX_FORMAT, settings, {**index_facts(index), **counts})
     audit = index[["slide_id", "n_tiles", "status", "reason_code", "reason"]]
     write_parquet(audit, audit_out, AUDIT_FORMAT, settings, counts)
 
 
-def _folder_rows(folder: Path, patients: Mapping[str, str]) -> tuple[list[dict[str, Any]], list[str]]:
-    files = sorted(f for f in folder.iterdir() if f.suffix in SUFFIXES and f.name[0] != ".")
-    by_id: dict[str, Path] = {}
-    for file in files:
-        slide = cut_suffix(file.name)
-        if slide in by_id:
-            raise MorphomeError(f"{file} and {by_id[slide].name}: two files for slide '{slide}'", "keep one of them")
-        by_id[slide] = file
-    if not by_id:
-        raise MorphomeError(f"{folder}: no {' or '.join(SUFFIXES)} file in it (features.path)", "check features.path")
+def _folder_rows(
+    folder: Path, patients: Mapping[str, str], dataset: str | None, mpp: float | str | None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    files, resolution = find_bags(folder), slide_mpp(mpp)
     rows = []
-    for slide in tqdm(sorted(set(by_id) & set(patients)), desc="import", disable=None):
-        file = by_id[slide]
+    for slide in tqdm(sorted(set(files) & set(patients)), desc="import", disable=None):
+        file = files[slide]
         layout = file.suffix[1:]
+        known = resolution(slide)
         try:
-            facts = inspect_bag(file)
+            facts = inspect_bag(file, dataset, known)
+            key = content_key(file)
         except BagError as error:
             rows.append(_row(slide, file, layout, None, error.code, f"{file.name}: {error}"))
             continue
-        key = hashlib.sha256(file_head(file).encode()).hexdigest()[:32]
-        rows.append(_row(slide, file, layout, facts, content_key=key))
-    return rows, list(by_id)
+        row = _row(slide, file, layout, facts, content_key=key)
+        # Only these two say how to read the file once more; what the file says itself is not repeated.
+        used = known is not None and facts.coords is not None and facts.coords_unit == "um"
+        rows.append({**row, "dataset": dataset or "", "mpp_x": known[0] if used else nan,
+                     "mpp_y": known[1] if used else nan})  # fmt: skip
+    return rows, list(files)
 
 
 def _packed_rows(path: Path, patients: Mapping[str, str]) -> tuple[list[dict[str, Any]], list[str]]:
-    try:
-        with h5py.File(path, "r", locking=False) as handle:
-            return _read_packed(handle, path, patients)
-    except OSError as error:
-        raise MorphomeError(f"{path}: cannot be read as HDF5: {error} (features.path)", "check the file") from None
-
-
-def _read_packed(handle: h5py.File, path: Path, patients: Mapping[str, str]) -> tuple[list[dict[str, Any]], list[str]]:
-    if absent := [name for name in ("features", "offsets", "slide_id") if name not in handle]:
-        raise MorphomeError(
-            f"{path}: no dataset '{absent[0]}' (features.path)",
-            "a packed file has features, offsets and slide_id; for one file a slide, name the folder instead",
-        )
-    features, offsets = handle["features"], handle["offsets"][()].astype(np.int64)
-    ids = [cut_suffix(str(name)) for name in handle["slide_id"].asstr()[()]]
-    if twice := [slide for slide, count in Counter(ids).items() if count > 1]:
-        raise MorphomeError(f"{path}: slide '{twice[0]}' occurs twice", "keep one bag of features per slide")
-    fits = features.ndim == 2 and len(offsets) == len(ids) + 1 and offsets[0] == 0 and offsets[-1] == len(features)
-    if not fits or (np.diff(offsets) < 0).any():
-        raise MorphomeError(
-            f"{path}: offsets do not cut {features.shape} features into {len(ids)} slides", "make the file again"
-        )
-    if "case_id" in handle:
-        cases = [str(case) for case in handle["case_id"].asstr()[()]]
-        for slide, case in zip(ids, cases, strict=True):
+    with open_packed(path) as packed:
+        for slide, case in packed.cases.items():
             if patients.get(slide, case) != case:
                 raise MorphomeError(
                     f"{path}: slide '{slide}' belongs to '{case}', but to '{patients[slide]}' in the cohort",
                     "correct case_id there or patient_id in the table of slides",
                 )
-    encoder = str(handle.attrs.get("encoder", "unknown"))
-    head = file_head(path)
-    rows = []
-    for slide, start, stop in tqdm(list(zip(ids, offsets[:-1], offsets[1:], strict=True)), "import", disable=None):
-        if slide not in patients:
-            continue
-        facts = BagFacts(int(stop - start), features.shape[1], None, "packed", encoder)
-        try:
-            check_finite(features[start:stop])
-        except BagError as error:
-            rows.append(_row(slide, path, "packed_h5", None, error.code, str(error)))
-            continue
-        key = hashlib.sha256(f"{head}:{start}:{stop}".encode()).hexdigest()[:32]
-        row = _row(slide, path, "packed_h5", facts, content_key=key)
-        rows.append({**row, "start": int(start), "stop": int(stop)})
-    return rows, ids
+        head = file_head(path)
+        rows = []
+        for slide, (start, stop) in tqdm(list(packed.bounds.items()), "import", disable=None):
+            if slide not in patients:
+                continue
+            bag = packed.bag(slide)
+            try:
+                check_bag(bag)
+            except BagError as error:
+                rows.append(_row(slide, path, "packed_h5", None, error.code, str(error)))
+                continue
+            key = hashlib.sha256(f"{head}:{start}:{stop}".encode()).hexdigest()[:32]
+            row = _row(slide, path, "packed_h5", bag.facts, content_key=key)
+            rows.append({**row, "start": start, "stop": stop})
+        return rows, list(packed.bounds)
 
 
 def _row(
@@ -154,7 +138,7 @@ def _row(
     reason: str = "",
     content_key: str = "",
 ) -> dict[str, Any]:
-    """A row of the index; without ``facts`` the slide failed, and without a vector it is empty."""
+    """A row of the index, and the unit of its vectors; without ``facts`` it failed, without a vector it is empty."""
     status = "failed" if facts is None else "ok" if facts.n_tiles else "empty"
     if status == "empty":
         code, reason = "empty", "the file holds no tile"
@@ -169,8 +153,9 @@ def _row(
         "dim": dim,
         "has_coords": facts is not None and facts.coords is not None,
         "encoder": facts.encoder if facts else "",
-        "fingerprint": f"imported:{facts.producer}:{facts.encoder}:{facts.dim}" if facts else "",
+        "fingerprint": facts.fingerprint if facts else "",
         "content_key": content_key,
+        "unit": facts.unit if facts else "unknown",
         "status": status,
         "reason_code": code,
         "reason": reason,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import numpy as np
 import pandas as pd
 
 from morphome.errors import MorphomeError
-from morphome.features.layouts import BagError, check_finite, find_features, load_pt, read_coords
+from morphome.features.bag import BagError, check_finite
+from morphome.features.layouts import read_bag
 from morphome.files import read_parquet
 
 INDEX_FORMAT = "morphome.feature_index"
@@ -31,12 +33,20 @@ INDEX_COLUMNS: dict[str, str] = {
     "status": "str",
     "reason_code": "str",
     "reason": "str",
+    "dataset": "str",
+    "mpp_x": "float64",
+    "mpp_y": "float64",
 }
+#: Columns that came later; an index without them means this: the only features of a file, coordinates in pixels.
+_DEFAULTS = {"dataset": "", "mpp_x": math.nan, "mpp_y": math.nan}
 
 
 def index_table(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """Rows of the index as a table, sorted by ``slide_id``, with the contract's columns and types."""
-    table = pd.DataFrame(list(rows), columns=list(INDEX_COLUMNS)).astype(INDEX_COLUMNS)
+    """Rows of the index as a table, sorted by ``slide_id``, with the contract's columns and types.
+
+    ``dataset``, ``mpp_x`` and ``mpp_y`` say how an imported bag is to be read and may be left out of a row.
+    """
+    table = pd.DataFrame([{**_DEFAULTS, **row} for row in rows], columns=list(INDEX_COLUMNS)).astype(INDEX_COLUMNS)
     return table.sort_values("slide_id").reset_index(drop=True)
 
 
@@ -72,7 +82,6 @@ class BagStore:
                 )
         self.dim = int(usable["dim"].iloc[0]) if len(usable) else 0
         self.has_coords = bool(len(usable)) and bool(usable["has_coords"].all())
-        self._kept: dict[str, tuple[np.ndarray, np.ndarray | None]] | None = None
 
     def bag(self, slide_ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Features and places of some slides as one bag, in the order slide id, then y, then x.
@@ -89,37 +98,29 @@ class BagStore:
         """
         if len(set(slide_ids)) != len(slide_ids):
             raise MorphomeError(f"slides named twice for one bag: {sorted(slide_ids)}", "name each slide once")
-        features, places = [], []
-        for number, slide in enumerate(sorted(slide_ids)):
-            values, coords = self._slide(slide)
-            values = np.asarray(values, dtype=np.float32)
-            place = np.zeros((len(values), 3), np.int32)
-            place[:, 0] = number
+        bags = [self._slide(slide) for slide in sorted(slide_ids)]
+        joined = np.empty((sum(len(values) for values, _ in bags), self.dim), np.float32)
+        places = np.zeros((len(joined), 3), np.int32)
+        start = 0
+        for index, (values, coords) in enumerate(bags):
+            rows = slice(start, start + len(values))
+            start = rows.stop
+            if not len(values):
+                continue  # its dimension may be another: some tools write (0, anything)
+            joined[rows] = values  # the one pass that turns float16 into float32
+            places[rows, 0] = index
             if coords is not None:
-                place[:, 1:] = coords
+                places[rows, 1:] = coords
                 order = np.lexsort((coords[:, 0], coords[:, 1]))
                 if (np.diff(order) != 1).any():
-                    values, place = values[order], place[order]
-            features.append(values)
-            places.append(place)
-        if not features:
-            return np.zeros((0, self.dim), np.float32), np.zeros((0, 3), np.int32)
-        joined = np.concatenate(features)
+                    joined[rows], places[rows] = joined[rows][order], places[rows][order]
         try:
             check_finite(joined)
         except BagError as error:
             raise self._broken(", ".join(sorted(slide_ids)), str(error)) from None
-        return joined, np.concatenate(places)
-
-    def cache(self) -> BagStore:
-        """Keep bags between calls: memory maps where the file lies contiguously on disk, else arrays in memory."""
-        if self._kept is None:
-            self._kept = {}
-        return self
+        return joined, places
 
     def _slide(self, slide: str) -> tuple[np.ndarray, np.ndarray | None]:
-        if self._kept is not None and slide in self._kept:
-            return self._kept[slide]
         row = self._rows.get(slide)
         if row is None or row["status"] == "failed":
             why = "is not in the index" if row is None else f"has no features: {row['reason']}"
@@ -130,24 +131,17 @@ class BagStore:
             raise self._broken(slide, str(error)) from None
         if values.shape != (row["n_tiles"], row["dim"]):
             raise self._broken(slide, f"shape {values.shape}, but the index says {(row['n_tiles'], row['dim'])}")
-        if self._kept is not None:
-            self._kept[slide] = (values, coords)
         return values, coords
 
     def _read(self, row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray | None]:
         path = self._path(row)
-        if row["layout"] == "pt":
-            return load_pt(path)
-        with h5py.File(path, "r", locking=False) as handle:
-            if row["layout"] == "packed_h5":
+        if row["layout"] == "packed_h5":
+            with h5py.File(path, "r", locking=False) as handle:
                 return handle["features"][row["start"] : row["stop"]], None
-            data, squeeze = find_features(handle)
-            coords = read_coords(handle) if row["has_coords"] else None
-            offset = data.id.get_offset()
-            if self._kept is not None and not squeeze and offset is not None and data.size:
-                return np.memmap(path, data.dtype, mode="r", offset=offset, shape=data.shape), coords
-            values = data[()]
-        return values[0] if squeeze else values, coords
+        options = {**_DEFAULTS, **row}
+        known = (options["mpp_x"], options["mpp_y"])
+        values, coords = read_bag(path, options["dataset"] or None, None if math.isnan(known[0]) else known)
+        return values, coords if row["has_coords"] else None
 
     def _path(self, row: dict[str, Any]) -> Path:
         """The file as the index names it; beside the index when the results were moved."""

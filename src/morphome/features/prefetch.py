@@ -1,0 +1,195 @@
+"""Fetch weights once, before a run: parallel tasks that fetch for themselves race, and nodes often have no network.
+
+Files come into a hidden folder beside the target, so that an interrupted fetch goes on where it stopped; the folder
+gets its name when everything is there and its checksums are right.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from morphome.errors import MorphomeError
+from morphome.features.registry import EncoderSpec, encoder_spec
+from morphome.features.weights import (
+    RECORD_FORMAT,
+    RECORD_NAME,
+    check_checksums,
+    checksum,
+    find_files,
+    remember,
+    weights_folder,
+)
+from morphome.files import write_json
+
+_CHUNK_BYTES = 1 << 20
+_TIMEOUT_S = 60
+
+
+def prefetch(key: str, *, revision: str = "", say: Callable[[str], None] = print) -> Path:
+    """Fetch the weights of an encoder into its folder.
+
+    Args:
+        key: of the registry; a variant changes nothing.
+        revision: commit, tag or branch of a hub repository instead of the registry's.
+        say: gets one line of progress at a time.
+
+    Returns:
+        The folder, with ``weights.json``: source, resolved revision, and bytes and sha256 of every file.
+
+    Raises:
+        MorphomeError: nothing to fetch, no network, no access, no such revision, too little disk space, or other
+            checksums than the registry's.
+    """
+    spec = encoder_spec(key)
+    if not spec.has_weights:
+        raise MorphomeError(f"encoder '{spec.key}' has no weights", "use it as it is")
+    folder = weights_folder(spec.key)
+    if not spec.source:
+        raise MorphomeError(
+            f"encoder '{spec.key}': its weights have no public address that morphome knows",
+            f"fetch {spec.files[0]} from {spec.licence_url or 'its authors'} and put it into {folder}",
+        )
+    if find_files(spec, folder) and not revision and (folder / RECORD_NAME).exists():
+        check_checksums(spec, find_files(spec, folder), allow_unpinned=True)
+        say(f"{spec.key}: already in {folder}, checksums right")
+        return folder
+    part = folder.parent / f".{folder.name}.part"
+    part.mkdir(parents=True, exist_ok=True)
+    if spec.source.startswith("hf:"):
+        resolved, names = _fetch_hub(spec, revision or spec.revision, part, say)
+    else:
+        resolved, names = "", [_fetch_url(spec, part, say)]
+    _finish(spec, part, folder, resolved, names)
+    say(f"{spec.key}: in {folder}" + (f", revision {resolved}" if resolved else ""))
+    return folder
+
+
+def _finish(spec: EncoderSpec, part: Path, folder: Path, resolved: str, names: list[str]) -> None:
+    """Check what was fetched, write the record, and give the folder its name."""
+    shutil.rmtree(part / ".cache", ignore_errors=True)  # the hub client's notes on unfinished files
+    (part / RECORD_NAME).unlink(missing_ok=True)
+    check_checksums(spec, [part / name for name in names], allow_unpinned=True)
+    files = {n: {"bytes": (part / n).stat().st_size, "sha256": checksum(part / n)} for n in sorted(names)}
+    facts = {"key": spec.key, "source": spec.source, "revision": resolved, "files": files}
+    write_json(facts, part / RECORD_NAME, RECORD_FORMAT, {"key": spec.key})
+    old = folder.parent / f".{folder.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    part.rename(folder)
+    for name, found in files.items():
+        remember(folder / name, "sha256", found["sha256"])
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _fetch_hub(spec: EncoderSpec, revision: str, part: Path, say: Callable[[str], None]) -> tuple[str, list[str]]:
+    """Files of a hub repository into ``part``: the commit that was resolved, and their names, weights first."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    repository = spec.source.removeprefix("hf:")
+    # Read now and not when the client is imported, so that a mirror can be set at any time.
+    endpoint = os.environ.get("HF_ENDPOINT") or None
+    where = f"{endpoint or 'https://huggingface.co'}/{repository}"
+    try:
+        api = huggingface_hub.HfApi(endpoint=endpoint, library_name="morphome")
+        info = api.model_info(repository, revision=revision or None, files_metadata=True)
+        sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
+        names = _choose(spec, sorted(sizes))
+        if not names:
+            raise MorphomeError(
+                f"{where} (revision {revision or 'newest'}) holds none of {', '.join(spec.files)}",
+                "choose another --revision, or fetch the file by hand and set features.weights",
+            )
+        _require_space(part, sum(sizes[name] for name in names), spec)
+        for name in names:
+            say(f"{spec.key}: {name} ({sizes[name] / 1e6:.0f} MB) from {where} at {info.sha}")
+            huggingface_hub.hf_hub_download(repository, name, revision=info.sha, local_dir=part, endpoint=endpoint)
+    except errors.GatedRepoError:
+        raise _no_access(spec, where) from None
+    except errors.RevisionNotFoundError:
+        raise MorphomeError(
+            f"{where} has no revision '{revision}'", "give a commit, tag or branch that it has"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        # The hub answers so to strangers for private and gated repositories too.
+        raise _no_access(spec, where) from None
+    except (OSError, errors.EntryNotFoundError, errors.HTTPError) as error:
+        # No connection, offline mode, a full disk, or an answer that the hub should not give.
+        raise _no_network(spec, where, error) from None
+    return str(info.sha), names
+
+
+def _choose(spec: EncoderSpec, names: list[str]) -> list[str]:
+    """What to fetch of a repository: the first alternative of the weights that is there, and all other files."""
+    for pattern in spec.files:
+        if weights := fnmatch.filter(names, pattern):
+            extra = {name for pattern in spec.extra_files for name in fnmatch.filter(names, pattern)}
+            return [*weights, *sorted(extra - set(weights))]
+    return []
+
+
+def _fetch_url(spec: EncoderSpec, part: Path, say: Callable[[str], None]) -> str:
+    """The file at an address into ``part``; goes on where an earlier attempt stopped."""
+    target = part / spec.files[0]
+    unfinished = part / f"{spec.files[0]}.unfinished"
+    if target.exists():
+        return target.name
+    start = unfinished.stat().st_size if unfinished.exists() else 0
+    request = urllib.request.Request(spec.source, headers={"Range": f"bytes={start}-"} if start else {})
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
+            goes_on = getattr(answer, "status", None) == 206
+            length = int(answer.headers.get("Content-Length") or 0)
+            _require_space(part, length, spec)
+            say(f"{spec.key}: {target.name} ({length / 1e6:.0f} MB) from {spec.source}")
+            got = 0
+            with unfinished.open("ab" if goes_on else "wb") as out:
+                while chunk := answer.read(_CHUNK_BYTES):
+                    out.write(chunk)
+                    got += len(chunk)
+            if got < length:
+                raise OSError(f"the connection broke after {got} of {length} bytes")
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and start:  # nothing is left to fetch, or the file has changed: begin again
+            unfinished.unlink()
+            return _fetch_url(spec, part, say)
+        raise _no_network(spec, spec.source, error) from None
+    except OSError as error:
+        raise _no_network(spec, spec.source, error) from None
+    unfinished.replace(target)
+    return target.name
+
+
+def _require_space(folder: Path, n_bytes: int, spec: EncoderSpec) -> None:
+    free = shutil.disk_usage(folder).free
+    if n_bytes > free:
+        raise MorphomeError(
+            f"{folder}: {free / 1e9:.1f} GB free, but the weights of '{spec.key}' take {n_bytes / 1e9:.1f} GB",
+            "make room, or set MORPHOME_WEIGHTS to a folder on another disk",
+        )
+
+
+def _no_access(spec: EncoderSpec, where: str) -> MorphomeError:
+    return MorphomeError(
+        f"encoder '{spec.key}': {where} does not let you in"
+        + (" (its publisher asks for an account that accepted the licence)" if spec.gated else ""),
+        f"open {spec.licence_url or where}, accept the licence ({spec.licence}), then set HF_TOKEN or run: "
+        "hf auth login",
+    )
+
+
+def _no_network(spec: EncoderSpec, where: str, error: Any) -> MorphomeError:
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return MorphomeError(
+        f"encoder '{spec.key}': cannot fetch from {where}: {type(error).__name__}: {first}",
+        f"run prefetch where there is a network and copy {weights_folder(spec.key)} here (licence: {spec.licence}, "
+        f"{spec.licence_url or where}); unset HF_HUB_OFFLINE if it is set",
+    )
