@@ -19,6 +19,7 @@ REPORT_TABLES = (
     "flow",
     "splits",
     "slides",
+    "mpp_audit",
     "risk_groups",
     "comparisons",
     "run_times",
@@ -102,6 +103,9 @@ class Paths:
 
     def timing(self, slide: str) -> Path:
         return self.feature_folder / f"{slide}.json"
+
+    def encode_job(self, job: int | str) -> Path:
+        return self.feature_folder / "jobs" / f"{job}.json"
 
     @property
     def index(self) -> Path:

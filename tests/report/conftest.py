@@ -41,8 +41,49 @@ def _c(risk: np.ndarray, pairs: np.ndarray, weight: np.ndarray | None = None) ->
 EXPERTS = ["TransFusion", "BottleneckTransFusion", "AddFusion", "DropX2Fusion"]
 
 
+#: What the scanners of the sites give: microns per pixel and objective power. The third is the well-known conflict.
+_SCANNERS = {
+    "AB": (0.2521, 40.0), "CD": (0.2468, 40.0), "EF": (0.2325, 20.0), "GH": (0.5014, 20.0), "JK": (0.2527, 40.0),
+    "LM": (0.2480, None),
+}  # fmt: skip
+
+
+def _mixed(number: int, row: dict[str, Any]) -> dict[str, Any]:
+    """What is odd about the slide of this number: most sites have a flag, some slides a trouble of their own."""
+    no_tiles = {"status": "failed", "n_tiles_planned": 0, "n_tiles": 0, "verdict": "quarantine"}
+    missing = "the file does not say its microns per pixel (no objective power)"
+    wrong = "'openslide' says 0.2521 x 0.2521 microns per pixel, 'tiff_resolution' says 25.21 x 25.21: a factor of 100"
+    own: dict[int, dict[str, Any]] = {
+        0: {**no_tiles, "reason_code": "missing_mpp", "mpp_x": None, "mpp_y": None, "mpp_source": "",
+            "all_sources_json": None, "reason": f"slide 'a': {missing}\n  Remedy: set it in tiling.mpp_overrides"},
+        1: {"mpp_source": "assumed_from_power", "mpp_x": 0.25, "mpp_y": 0.25, "flags": "assumed_from_power",
+            "verdict": "flag"},
+        4: {"mpp_source": "assumed_for_cohort", "mpp_x": 0.25, "mpp_y": 0.25, "flags": "assumed_for_cohort",
+            "verdict": "flag"},
+        6: {**no_tiles, "reason_code": "conflicting_mpp", "reason": f"slide 'b': {wrong}\n  Remedy: see",
+            "all_sources_json": '{"openslide": [0.2521, 0.2521], "tiff_resolution": [25.21, 25.21]}'},
+        7: {"n_tiles": row["n_tiles"] - 2, "n_tiles_failed": 2, "reader": "openslide",
+            "reader_reason": "2 of 8 regions differ from OpenSlide", "parity_max_difference": 3.0},
+        8: {"reader": "openslide", "reader_reason": "the file is no TIFF", "parity_n": 0,
+            "parity_max_difference": None},
+        10: {"status": "failed", "reason_code": "too_many_failed_tiles", "reason": "slide 'c': 9 of 90 tiles",
+             "n_tiles_planned": 90, "n_tiles": 0, "n_tiles_failed": 9},
+        12: {"mpp_y": 0.2560, "side_y_px": 500, "flags": "anisotropic", "verdict": "flag"},
+        13: {"reader": "openslide", "reader_reason": "1 of 8 regions differ from OpenSlide",
+             "parity_max_difference": 1.0},
+    }  # fmt: skip
+    if number in own:
+        return own[number]
+    power, ratio = row["objective_power"], (row["objective_power"] or 0) * row["mpp_x"] / 10
+    odd = not power or not 0.85 <= ratio <= 1.15
+    return {"flags": "power_conflict", "verdict": "flag"} if odd else {}
+
+
 class Factory:
-    """Writes one run. ``external``: no thumbnails, no timings; ``only``: names of the rows to keep."""
+    """Writes one run. ``external``: no thumbnails, no timings; ``only``: names of the rows to keep.
+
+    ``mixed``: slides of several scanners with flags, refusals, assumptions and failed tiles of every kind.
+    """
 
     def __init__(
         self,
@@ -56,10 +97,12 @@ class Factory:
         oracle=True,
         groups=True,
         horizon: float | None = HORIZON,
+        mixed=False,
         seed=3,
     ) -> None:
         self.root, self.n, self.repeats, self.folds = root, patients, repeats, folds
         self.rows = {k: v for k, v in ROWS.items() if only is None or k in only}
+        self.mixed = mixed
         self.external, self.oracle, self.groups, self.horizon = external, oracle, groups, horizon
         self.rng = np.random.default_rng(seed)
         self.config: dict[str, Any] = {
@@ -172,52 +215,25 @@ class Factory:
         self._json("analysis/flow.json", "morphome.flow", {"steps": [first, kept, last, rna]})
 
     def _slides(self) -> None:
-        rng = self.rng
         self.slide_ids = [f"{i}-01Z-00-DX1" for i in self.ids[:18]] + ["TCGA-AB-9999-01Z-00-DX1"]
         audit = []
-        for s in self.slide_ids:
-            bad = "9999" in s
-            qc = {
-                "slide_id": s,
-                "status": "failed" if bad else "ok",
-                "reason_code": "unreadable" if bad else "",
-                "reason": f"slides/{s}.svs: {NASTY}\n  Remedy: fetch the file again" if bad else "",
-                "vendor": "aperio",
-                "width_px": 12000,
-                "height_px": 9600,
-                "mpp_x": None if bad else 0.2521,
-                "mpp_y": None if bad else 0.2521,
-                "mpp_source": None if bad else "aperio.MPP",
-                "all_sources": {"aperio.MPP": 0.2521, "tiff.XResolution": None},
-                "objective_power": 40.0,
-                "power_ratio": 1.01,
-                "mpp_target": 0.5,
-                "side_x_px": 508,
-                "mpp_effective": 0.4999,
-                "deviation_pct": -0.02,
-                "verdict": "refused" if bad else "fine",
-                "flags": [],
-                "tissue_mm2": 0.0 if bad else float(rng.uniform(3, 9)),
-                "pen_fraction": 0.01,
-                "n_tiles": 0 if bad else int(rng.integers(120, 300)),
-                "sharpness_median": 312.0,
-            }
+        for number, s in enumerate(self.slide_ids):
+            qc = self._audit_row(number, s)
             audit.append(qc)
-            self._json(f"tiles/{s}.json", "morphome.slide_qc", qc)
-            self._json(
-                f"features/{s}.json",
-                "morphome.timing",
-                {
-                    "slide_id": s,
-                    "n_tiles": qc["n_tiles"],
-                    "seconds_total": 1.4,
-                    "seconds_read": 0.5,
-                    "seconds_encode": 0.8,
-                    "tiles_per_second": qc["n_tiles"] / 1.4,
-                },
-            )
-            self._thumbnail(self.root / f"tiles/{s}.jpg", bad)
-        table = pd.DataFrame(audit).assign(all_sources=lambda t: t["all_sources"].map(str))
+            record = {k: v for k, v in qc.items() if k not in {"all_sources_json", "fingerprint"}}
+            self._json(f"tiles/{s}.json", "morphome.slide_qc", record)
+            read = qc["n_tiles"]
+            timing = {"slide_id": s, "n_tiles": read, "seconds_total": 1.4, "seconds_read": 0.5, "seconds_wait": 0.2}
+            timing |= {
+                "seconds_encode": 0.8,
+                "tiles_per_second": read / 1.4,
+                "threads": 2,
+                "reading_threads": 2,
+                "device": "cpu",
+            }
+            self._json(f"features/{s}.json", "morphome.timing", {**timing, "bound": "encoder", "batch": 64})
+            self._thumbnail(self.root / f"tiles/{s}.jpg", qc["status"] != "ok")
+        table = pd.DataFrame(audit)
         if self.external:
             table = table[["slide_id", "n_tiles", "status", "reason"]]
         self._table("features/audit.parquet", "morphome.slide_audit", table)
@@ -232,6 +248,39 @@ class Factory:
             "morphome.oracle",
             {"scenario": "S3", "oracle_c": 0.83, "n_patients": self.n, "n_events": int(self.event.sum())},
         )
+
+    def _audit_row(self, number: int, slide: str) -> dict[str, Any]:
+        """Row of the audit. ``mixed`` gives every kind of flag, refusal, assumption and failed tile."""
+        site = slide.split("-")[1]
+        mpp, power = _SCANNERS[site] if self.mixed else (0.2521, 40.0)
+        n = int(self.rng.integers(120, 300))
+        row: dict[str, Any] = {
+            "slide_id": slide, "status": "ok", "reason_code": "", "reason": "", "vendor": "aperio", "width_px": 12000,
+            "height_px": 9600, "mpp_x": mpp, "mpp_y": mpp, "mpp_source": "openslide", "resolution_unit": "",
+            "all_sources_json": f'{{"openslide": [{mpp}, {mpp}], "aperio": [{mpp}, {mpp}]}}', "objective_power": power,
+            "mpp_target": 0.5, "side_x_px": round(128 / mpp), "side_y_px": round(128 / mpp), "verdict": "ok",
+            "flags": "", "level_downsamples": "1.0; 4.0", "tissue_mm2": float(self.rng.uniform(3, 9)),
+            "pen_fraction": 0.01, "fold_fraction": 0.002, "blood_fraction": 0.0, "sharpness_median": 312.0,
+            "reader": "tiled_jpeg", "reader_reason": "", "parity_n": 8, "parity_max_difference": 0.0,
+            "mask_source": "made", "n_tiles_planned": n, "n_tiles": n, "n_tiles_failed": 0,
+            "fingerprint": "ab12cd34ef56",
+        }  # fmt: skip
+        if self.mixed:
+            row |= _mixed(number, row)
+        if "9999" in slide:
+            gone = dict.fromkeys(("width_px", "height_px", "mpp_x", "mpp_y", "side_x_px", "side_y_px", "reader"))
+            row |= {**gone, "status": "failed", "reason_code": "unreadable", "verdict": "", "mpp_source": None}
+            row |= {"reason": f"slides/{slide}.svs: {NASTY}\n  Remedy: fetch the file again", "tissue_mm2": 0.0}
+            row |= {"n_tiles_planned": 0, "n_tiles": 0, "all_sources_json": None}
+        x, y = row["mpp_x"], row["mpp_y"]
+        power = row["objective_power"]
+        row["power_ratio"] = None if not x or not power else (x + y) / 2 * power / 10
+        row["anisotropy"] = None if not x else abs(x / y - 1)
+        for axis, mpp in (("x", x), ("y", y)):
+            row[f"deviation_{axis}_pct"] = 100 * (row[f"side_{axis}_px"] * mpp / 256 / 0.5 - 1) if mpp else None
+        row["deviation_pct"] = None if not x else (row["deviation_x_pct"] + row["deviation_y_pct"]) / 2
+        row["mpp_effective"] = None if not x else 0.5 * (1 + row["deviation_pct"] / 100)
+        return row
 
     def _thumbnail(self, path: Path, bad: bool) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -117,7 +117,14 @@ def test_limitations_of_random_splits_and_missing_control(make_inputs):
 
 def test_assumed_resolution_reaches_the_verdict(data):
     data.audit.loc[:2, "mpp_source"] = "assumed_from_power"
-    assert any("assumed from the objective's power for 3 slides" in text for text in judge.judge(data).warnings)
+    data.audit.loc[3:4, "mpp_source"] = "assumed_for_cohort"
+    verdict = judge.judge(data)
+    said = [text for text in verdict.warnings if "not measured but assumed" in text]
+    assert len(said) == 2
+    assert "of 3 slides" in said[1] and "from the objective power" in said[1]
+    assert "of 2 slides" in said[0] and "by one value for every slide" in said[0]
+    fact = next(f for f in verdict.facts if f.label == "Slides with features")
+    assert (fact.value, fact.detail) == ("18", "1 gave none; 5 with an assumed resolution; no tile failed")
 
 
 @pytest.mark.parametrize("how", ["run", "predictions"])

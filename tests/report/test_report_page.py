@@ -14,7 +14,7 @@ import pytest
 from morphome.errors import MorphomeError
 from morphome.files import read_parquet
 from morphome.report import format as fmt
-from morphome.report import sections
+from morphome.report import records, sections
 from morphome.report.build import run_report
 from morphome.report.inputs import load_report
 
@@ -295,3 +295,11 @@ def test_missing_input_is_refused_by_name(make_inputs, tmp_path):
     with pytest.raises(MorphomeError, match=r"km\.parquet"):
         run_report(settings=inputs.config, inputs=inputs, out=tmp_path)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_the_licence_of_the_encoder_is_printed(complete):
+    _, text, _, _ = complete
+    assert "stain_texture (licence Apache-2.0)" in text
+    assert records._encoder("uni2_h").startswith("uni2_h (licence ")
+    assert records._encoder("uni2_h").endswith("; its weights are given to accounts that accepted the licence)")
+    assert records._encoder("one of another day") == "one of another day"

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tifffile
+from hypothesis import given
+from hypothesis import strategies as st
 
+from morphome.slides.grid import side_px
 from morphome.slides.mpp import audit_mpp, mpp_sources
+from morphome.slides.openslide_reader import OpenSlideReader
 from morphome.slides.reader import SlideFacts
 
 
@@ -154,3 +161,137 @@ def test_each_source(properties, name, expected):
 ])  # fmt: skip
 def test_what_is_no_source(properties):
     assert mpp_sources(properties) == {}
+
+
+def test_a_value_for_the_cohort_is_used_only_where_nothing_is_known(synthetic):
+    audit = judge(synthetic, {"openslide.objective-power": 40}, mpp_missing=0.2527)
+    assert (audit.mpp_source, audit.mpp_x, audit.mpp_y) == ("assumed_for_cohort", 0.2527, 0.2527)
+    assert (audit.verdict, audit.flags) == ("flag", ["assumed_for_cohort"])
+    assert judge(synthetic, mpp(0.5, power=20), mpp_missing=0.2527).mpp_source == "openslide"
+    assert judge(synthetic, {}, mpp_missing=0.3, mpp_overrides={"S": 0.25}).mpp_source == "override"
+    doubtful = judge(synthetic, {"openslide.objective-power": 20}, mpp_missing=0.25)
+    assert doubtful.flags == ["assumed_for_cohort", "power_conflict"]
+    wrong = judge(synthetic, {}, mpp_missing=40.0)
+    assert wrong.reason_code == "implausible_mpp" and "tiling.mpp_missing" in wrong.reason
+
+
+def test_an_override_may_name_both_axes(synthetic):
+    audit = judge(synthetic, {}, mpp_overrides={"S": [0.25, 0.2525]})
+    assert (audit.mpp_x, audit.mpp_y, audit.side_x_px, audit.side_y_px) == (0.25, 0.2525, 512, 507)
+    assert audit.all_sources == {"override": (0.25, 0.2525)}
+
+
+def test_the_message_of_a_missing_mpp_names_both_keys_and_the_unit(synthetic):
+    properties = {**tags("40000", "40000", "none"), "openslide.objective-power": 20}
+    audit = judge(synthetic, properties, slide="Q-7")
+    for words in ("slide 'Q-7'", "tiling.mpp_overrides: {'Q-7': ...}", "tiling.mpp_missing: NUMBER", "power 20",
+                  "assume_from_power", "unit is 'none'"):  # fmt: skip
+        assert words in audit.reason
+    assert audit.resolution_unit == "none"
+    assert "assume_from_power" not in judge(synthetic, {}).reason
+
+
+@pytest.mark.parametrize(("other", "factor"), [
+    (2.5, "10"), (0.025, "10"), (25.0, "100"), (0.635, "2.54"), (250.0, "1000"),
+])  # fmt: skip
+def test_a_unit_error_between_sources_is_named(synthetic, other, factor):
+    audit = judge(synthetic, mpp(0.25, power=40, **{"aperio.MPP": other}))
+    assert audit.reason_code == "conflicting_mpp"
+    assert f"a factor of {factor}, as between" in audit.reason
+    assert "'aperio' says" in audit.reason
+    plain = judge(synthetic, mpp(0.25, power=40, **{"aperio.MPP": 0.4}))
+    assert plain.reason_code == "conflicting_mpp" and "unit error" not in plain.reason
+
+
+def test_an_implausible_value_is_told_from_a_unit_error(synthetic):
+    beside = judge(synthetic, mpp(0.00499, **{"aperio.MPP": 0.499}))
+    assert beside.reason_code == "implausible_mpp" and "'aperio' says 0.499" in beside.reason
+    assert "a factor of 100" in beside.reason
+    power = judge(synthetic, mpp(0.00499, power=20))
+    assert "power 20 goes with about 0.5" in power.reason and "a factor of 100" in power.reason
+    assert "unit error" not in judge(synthetic, mpp(352.8, power=20)).reason
+
+
+def test_a_source_of_zero_is_no_match_for_a_true_one(synthetic):
+    assert judge(synthetic, mpp(0.25, power=40, **{"aperio.MPP": 0})).reason_code == "conflicting_mpp"
+
+
+def test_nothing_is_rounded_and_both_axes_are_told(synthetic):
+    audit = judge(synthetic, mpp(0.25271234567890123, 0.2518, power=40))
+    assert audit.mpp_x == 0.25271234567890123
+    assert audit.deviation_x_pct == pytest.approx(100 * (audit.side_x_px * audit.mpp_x / 256 / 0.5 - 1), abs=1e-12)
+    assert audit.deviation_y_pct == pytest.approx(100 * (audit.side_y_px * audit.mpp_y / 256 / 0.5 - 1), abs=1e-12)
+    assert audit.deviation_x_pct != audit.deviation_y_pct
+    assert audit.deviation_pct == pytest.approx((audit.deviation_x_pct + audit.deviation_y_pct) / 2, abs=1e-12)
+
+
+@pytest.mark.parametrize(("value", "target", "side", "code"), [
+    (0.25, 0.5, 512, ""), (0.2512, 0.5, 510, "half_decode_too_fine"), (0.2502, 0.5, 512, ""), (0.2468, 1.0, 1038, ""),
+    (0.5, 1.0, 512, ""), (0.5014, 1.0, 510, "half_decode_too_fine"), (0.497, 1.0, 516, ""),
+])  # fmt: skip
+def test_half_size_decoding_needs_even_sides_of_two_pixels_a_pixel(synthetic, value, target, side, code):
+    audit = judge(synthetic, mpp(value, power=round(10 / value)), half_decode=True, mpp_target=target)
+    assert (audit.side_x_px, audit.side_y_px, audit.reason_code) == (side, side, code)
+    assert audit.deviation_pct == pytest.approx(100 * (side * value / 256 / target - 1))
+    if code:
+        assert audit.verdict == "quarantine"
+        assert "tiling.half_decode to false" in audit.reason
+        assert f"mpp_target to {2 * value:g}" in audit.reason
+        mended = judge(synthetic, mpp(value, power=round(10 / value)), half_decode=True, mpp_target=2 * value)
+        assert mended.reason_code == ""
+
+
+def test_a_downsample_that_is_not_that_of_the_sizes_is_flagged(synthetic):
+    def with_downsamples(sizes, downs, size=(88860, 71340)):
+        made = dataclasses.replace(
+            facts(mpp(0.25, power=40), size=size), level_sizes=(size, *sizes), level_downsamples=(1.0, *downs)
+        )
+        return audit_mpp("S", made, synthetic.tiling(patch_px=256))
+
+    # 2.001 is not 2: the size says which it is.
+    right = with_downsamples([(44407, 35652)], [2.001])
+    assert (right.flags, right.level_downsamples) == ([], [1.0, 2.001])
+    assert with_downsamples([(44407, 35652)], [2.0]).flags == []  # 23 px of 44,407: within 0.1 %
+    assert with_downsamples([(44320, 35580)], [2.0]).flags == ["level_sizes"]
+    # Padded to whole tiles of 512.
+    assert with_downsamples([(44544, 35840)], [2.0]).flags == ["level_sizes"]
+    # The last levels of a pyramid are a few pixels.
+    assert with_downsamples([(2, 2), (1, 1)], [44430.0, 88860.0], size=(88860, 88859)).flags == []
+
+
+@pytest.fixture(scope="module")
+def tiff_without_unit(tmp_path_factory):
+    """A TIFF with a resolution; its ResolutionUnit tag is turned into one that nobody reads."""
+    path = tmp_path_factory.mktemp("tiff") / "plain.tif"
+    tifffile.imwrite(
+        path, np.full((64, 64, 3), 200, np.uint8), tile=(16, 16), resolution=(40000, 40000), resolutionunit="INCH"
+    )
+    content = bytearray(path.read_bytes())
+    at = content.index((296).to_bytes(2, "little") + (3).to_bytes(2, "little"))
+    content[at : at + 2] = (297).to_bytes(2, "little")
+    bare = path.with_name("bare.tif")
+    bare.write_bytes(content)
+    return path, bare
+
+
+def test_a_resolution_without_a_unit_is_no_source_although_openslide_takes_inches(synthetic, tiff_without_unit):
+    plain, bare = tiff_without_unit
+    for path, unit, sources in ((plain, "inch", ["openslide", "tiff_resolution"]), (bare, "absent", [])):
+        with OpenSlideReader(path) as reader:
+            assert reader.facts.properties["openslide.mpp-x"] == "0.63500000000000001"
+            audit = audit_mpp("S", reader.facts, synthetic.tiling(mpp_target=1.0))
+        assert (audit.resolution_unit, list(audit.all_sources)) == (unit, sources)
+    assert audit.reason_code == "missing_mpp" and "it has no unit" in audit.reason
+    # Another vendor's own value stands: it does not come from the tag.
+    own = dataclasses.replace(
+        facts({**mpp(0.25, power=40), **tags("40000", "40000", "inch")}), path=bare, vendor="aperio"
+    )
+    assert list(audit_mpp("S", own, synthetic.tiling(patch_px=256)).all_sources) == ["openslide"]
+
+
+@given(mpp=st.floats(0.1, 1.2), patch=st.integers(16, 1024), target=st.floats(0.1, 4.0))
+def test_an_even_side_is_the_nearest_even_number(mpp, patch, target):
+    side, exact = side_px(patch, target, mpp, even=True), patch * target / mpp
+    assert side % 2 == 0 and side >= 2
+    assert abs(side - exact) <= 1 + 1e-9 or side == 2
+    assert abs(side - side_px(patch, target, mpp)) <= 1

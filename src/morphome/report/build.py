@@ -16,6 +16,7 @@ from morphome.report import format as fmt
 from morphome.report.inputs import ReportData, ReportInputs, load_report
 from morphome.report.judge import judge
 from morphome.report.limits import limitations
+from morphome.report.slides import slides
 from morphome.report.tables import all_tables
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -72,7 +73,7 @@ def _page(data: ReportData, tables: Mapping[str, Any], settings: Mapping[str, An
         "risk_floor": figures.least_at_risk(data.n_patients),
         "training": history.training(data),
         "experts": history.experts(data, tables["expert_use"]),
-        "slides": records.slides(data, tables["slides"]),
+        "slides": slides(data, tables["slides"]),
         "times": records.run_times(data),
         "limitations": limitations(data),
         "provenance": records.provenance(data, settings_hash(settings)),

@@ -25,6 +25,8 @@ class ReportInputs:
         config: the complete, checked configuration.
         thumbnails: ``(slide_id, jpg, qc json)``; empty for imported features, like ``timings``.
         groups, oracle: absent without gene groups, and for a cohort that was not simulated.
+        cohort_slides, cohort_patients: ``morphome.slides`` and ``morphome.patients``; with them the sites of slides
+            are known whose patients are not analysed.
     """
 
     cohort_flow: Path
@@ -40,6 +42,8 @@ class ReportInputs:
     timings: Sequence[Path] = ()
     groups: Path | None = None
     oracle: Path | None = None
+    cohort_slides: Path | None = None
+    cohort_patients: Path | None = None
 
 
 @dataclass
@@ -71,7 +75,7 @@ class Thumbnail:
 
 @dataclass
 class ReportData:
-    """Everything that the sections need, read once."""
+    """Everything that the sections need, read once. ``places`` holds (patient, site) by slide id, "" where unknown."""
 
     config: dict[str, Any]
     flow: list[dict[str, Any]]
@@ -92,6 +96,7 @@ class ReportData:
     groups: dict[str, Any] | None
     oracle: dict[str, Any] | None
     stamps: list[dict[str, Any]] = field(default_factory=list)
+    places: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -135,6 +140,11 @@ class ReportData:
         return int(self.patients["event"].sum())
 
     @property
+    def external(self) -> bool:
+        """The features were made elsewhere and imported."""
+        return self.config.get("features", {}).get("source") == "external"
+
+    @property
     def simulated(self) -> bool:
         """The outcomes were planted."""
         return self.oracle is not None or "simulate" in self.config
@@ -170,11 +180,15 @@ def load_report(inputs: ReportInputs) -> ReportData:
     cohort = text(inputs.cohort_flow, "morphome.flow")
     analysis = text(inputs.analysis_flow, "morphome.flow")
     tables = {name: table(Path(inputs.evaluation) / f"{name}.parquet", f"morphome.{name}") for name in _EVALUATION}
+    patients = table(inputs.patients, "morphome.analysis")
+    listed = table(inputs.cohort_slides, "morphome.slides") if inputs.cohort_slides else None
+    everybody = table(inputs.cohort_patients, "morphome.patients") if inputs.cohort_patients else None
     return ReportData(
         config=dict(inputs.config),
         flow=_whole_flow(cohort.get("steps", []), analysis.get("steps", [])),
         sources=list(analysis.get("sources") or cohort.get("sources") or []),
-        patients=table(inputs.patients, "morphome.analysis"),
+        patients=patients,
+        places=slide_places(patients, listed, everybody),
         audit=table(inputs.audit, "morphome.slide_audit"),
         splits=table(inputs.splits, "morphome.splits"),
         facts=text(inputs.split_facts, "morphome.split_facts"),
@@ -190,6 +204,25 @@ def load_report(inputs: ReportInputs) -> ReportData:
         stamps=stamps,
         **tables,
     )
+
+
+def slide_places(
+    patients: pd.DataFrame, listed: pd.DataFrame | None = None, everybody: pd.DataFrame | None = None
+) -> dict[str, tuple[str, str]]:
+    """``(patient, site)`` by slide id.
+
+    Args:
+        patients: the analysis table (``patient_id, site, slide_ids``): its slides are those with features only.
+        listed: all slides of the cohort (``slide_id, patient_id``), where they are known.
+        everybody: all patients of the cohort (``patient_id, site``), where they are known.
+    """
+    people = [patients] if everybody is None else [everybody, patients]
+    sites = {str(p): str(s) for t in people for p, s in zip(t["patient_id"], t["site"], strict=True) if pd.notna(s)}
+    pairs = [] if listed is None else list(zip(listed["slide_id"], listed["patient_id"], strict=True))
+    if "slide_ids" in patients:
+        rows = zip(patients["patient_id"], patients["slide_ids"], strict=True)
+        pairs += [(slide, patient) for patient, ids in rows if ids is not None for slide in ids]
+    return {str(slide): (str(patient), sites.get(str(patient), "")) for slide, patient in pairs}
 
 
 def _whole_flow(cohort: list[dict[str, Any]], analysis: list[dict[str, Any]]) -> list[dict[str, Any]]:

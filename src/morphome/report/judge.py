@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from morphome.report import format as fmt
-from morphome.report import tables
+from morphome.report import slide_tables, tables
 from morphome.report.inputs import ReportData
 from morphome.report.limits import limitations
 
@@ -42,7 +42,9 @@ def judge(data: ReportData) -> Verdict:
     warnings = [flag.text for flag in flags if flag.level == "serious"]
     if not scored:
         reasons = sorted({str(_c(data, n).get("reason") or "no reason given") for n in data.names})
-        return Verdict(f"No model could be scored: {'; '.join(reasons)}.", facts=[_events(data)], warnings=warnings)
+        return Verdict(
+            f"No model could be scored: {'; '.join(reasons)}.", facts=[_events(data), *_slides(data)], warnings=warnings
+        )
 
     # A row that is constant somewhere has C = 0.5 there whatever it saw: it is no rival and not the best.
     sound = [n for n in scored if not tables.constant_folds(data, n)]
@@ -70,6 +72,7 @@ def judge(data: ReportData) -> Verdict:
             f"(IPA {fmt.number(ipa, 2)} at the horizon): it may rank patients, but do not read risks off it."
         )
     verdict.facts.append(_events(data))
+    verdict.facts += _slides(data)
     control = _control(data)
     if control:
         verdict.facts.append(control)
@@ -169,6 +172,21 @@ def _events(data: ReportData) -> Fact:
         fmt.count(data.n_events),
         f"of {fmt.plural(data.n_patients, 'patient')}; {data.folds} folds{times}{least}",
     )
+
+
+def _slides(data: ReportData) -> list[Fact]:
+    """Slides with features, and what is missing or assumed; nothing for a run without slides."""
+    counts = slide_tables.count_slides(data)
+    if not counts.found:
+        return []
+    details = [f"{counts.n_lost} gave none" if counts.n_lost else "every slide"]
+    if assumed := sum(counts.assumed.values()):
+        details.append(f"{fmt.count(assumed)} with an assumed resolution")
+    if counts.failed:
+        details.append(f"{fmt.count(counts.failed)} of {fmt.count(counts.planned)} tiles could not be read")
+    elif "n_tiles_failed" in data.audit:
+        details.append("no tile failed")
+    return [Fact("Slides with features", f"{fmt.count(counts.found - counts.n_lost)}", "; ".join(details))]
 
 
 def _control(data: ReportData) -> Fact | None:

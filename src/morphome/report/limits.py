@@ -8,13 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from morphome.report import format as fmt
-from morphome.report import tables, words
+from morphome.report import slide_tables, tables, words
 from morphome.report.inputs import ReportData, is_neural
 
 #: Events per test fold below which results are hardly usable, and below which they are weak.
 FEW_EVENTS_STOP, FEW_EVENTS_WARN = 10, 20
 #: SE(C) is about this over the square root of the events, for C near 0.65.
 SE_FACTOR = 0.30
+#: Shares of slides without features, and of tiles that could not be read, above which the verdict says so.
+MANY_LOST, MANY_FAILED_TILES = 0.05, 0.01
 
 
 @dataclass
@@ -292,25 +294,44 @@ def _run_warnings(data: ReportData) -> dict[str, list[str]]:
 
 
 def _slide_flags(data: ReportData) -> list[Flag]:
+    """Slides and tiles that are missing from the results, and resolutions that were assumed or look wrong."""
     flags = []
-    lost = tables.failed_slides(data)
-    if len(lost):
+    counts = slide_tables.count_slides(data)
+    if counts.n_lost:
+        share = fmt.share(counts.n_lost, counts.found)
+        flags.append(
+            Flag(
+                "serious" if counts.n_lost > MANY_LOST * counts.found else "caution",
+                f"{share} of {fmt.plural(counts.found, 'slide')} gave no features: "
+                f"{words.counted(counts.lost, words.CODES)}. They are listed under Slides.",
+            )
+        )
+    for source, n in sorted(counts.assumed.items()):
+        flags.append(
+            Flag(
+                "serious",
+                f"The resolution of {fmt.plural(n, 'slide')} was not measured but assumed "
+                f"{words.ASSUMED.get(source, source)}.",
+            )
+        )
+    if counts.failed:
+        share = counts.failed / max(1, counts.planned)
+        flags.append(
+            Flag(
+                "serious" if share > MANY_FAILED_TILES else "caution",
+                f"{fmt.plural(counts.failed, 'tile')} of {fmt.count(counts.planned)} ({100 * share:.2g} %) could not "
+                "be read and are not among the features (listed under Slides).",
+            )
+        )
+    if counts.flags["power_conflict"]:
         flags.append(
             Flag(
                 "caution",
-                f"{fmt.plural(len(lost), 'slide')} of {len(data.audit)} gave no features (listed under Slides).",
+                f"In {fmt.plural(counts.flags['power_conflict'], 'slide')} the objective power contradicts the microns "
+                "per pixel; the microns per pixel are used (listed under Slides).",
             )
         )
-    if "mpp_source" in data.audit:
-        assumed = int(data.audit["mpp_source"].astype(str).str.startswith("assumed").sum())
-        if assumed:
-            flags.append(
-                Flag(
-                    "serious",
-                    f"Microns per pixel were assumed from the objective's power for {fmt.plural(assumed, 'slide')}.",
-                )
-            )
-    if data.config.get("features", {}).get("source") == "external":
+    if data.external:
         flags.append(
             Flag("caution", "Features were imported: tiling, microns per pixel and encoder cannot be checked here.")
         )

@@ -1,172 +1,23 @@
-"""Sections of the page that document the run: slides, run times, provenance."""
+"""Sections of the page that document the run: run times and provenance."""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import yaml
-from markupsafe import Markup
 
 from morphome import __version__
+from morphome.features.registry import ENCODERS, encoder_spec
 from morphome.report import format as fmt
-from morphome.report import tables, words
+from morphome.report import words
 from morphome.report.format import Column, View
-from morphome.report.inputs import ReportData, Thumbnail
-
-#: Thumbnails of slides that worked, and of slides that failed; the tables name all of them.
-MOST_OK, MOST_FAILED = 12, 24
-MOST_BYTES = 120_000
-MOST_AUDIT_ROWS = 2000
-
-
-def slides(data: ReportData, audit: pd.DataFrame) -> dict[str, Any]:
-    """Gallery, failed slides and the audit of resolutions."""
-    lost = tables.failed_slides(data)
-    bad = dict(zip(lost["slide_id"], lost.itertuples(), strict=True))
-    names = words.slide_names(audit["slide_id"]) if "slide_id" in audit else {}
-    names = words.slide_names([*names, *(t.slide_id for t in data.thumbnails)])
-    ok = [t for t in data.thumbnails if t.slide_id not in bad and t.qc.get("status") == "ok"]
-    failed = [t for t in data.thumbnails if t.slide_id in bad or t.qc.get("status") != "ok"]
-    # Evenly spread over the cohort, always the same.
-    ok_shown = [ok[i] for i in np.unique(np.linspace(0, len(ok) - 1, min(MOST_OK, len(ok))).round().astype(int))]
-    failures = View("failed", "Slides without features", [Column("Slide"), Column("Code"), Column("Reason")])
-    for row in lost.itertuples():
-        what, remedy = words.failure(row.reason, row.slide_id)
-        reason = Markup('{}<span class="remedy"><b>Remedy:</b> {}</span>').format(what, remedy) if remedy else what
-        failures.add([_slide(row.slide_id, names), row.reason_code, reason])
-    return {
-        "n": len(audit),
-        "ok": [_picture(t, names) for t in ok_shown],
-        "n_ok": len(ok),
-        "failed": [_picture(t, names, bad.get(t.slide_id)) for t in failed[:MOST_FAILED]],
-        "n_failed": len(lost),
-        "failures": failures if len(lost) else None,
-        "audit": _audit(audit, names),
-        "sources": _mpp_sources(audit),
-    }
-
-
-#: Columns of the audit: heading, and decimals (None for text).
-_AUDIT: dict[str, tuple[str, int | None]] = {
-    "slide_id": ("Slide", None),
-    "status": ("Status", None),
-    "vendor": ("Vendor", None),
-    "mpp_x": ("mpp x", 4),
-    "mpp_y": ("mpp y", 4),
-    "mpp_source": ("Source of mpp", None),
-    "objective_power": ("Power", 0),
-    "power_ratio": ("mpp x power / 10", 2),
-    "side_x_px": ("Tile side, px", 1),
-    "mpp_effective": ("mpp of tiles", 4),
-    "deviation_pct": ("Deviation, %", 2),
-    "n_tiles": ("Tiles", 0),
-    "tissue_mm2": ("Tissue, mm²", 1),
-    "pen_fraction": ("Pen", 3),
-    "sharpness_median": ("Sharpness", 0),
-    "verdict": ("Verdict", None),
-    "flags": ("Flags", None),
-}
-
-
-def _audit(audit: pd.DataFrame, names: dict[str, str]) -> View | None:
-    known = [c for c in _AUDIT if c in audit and not audit[c].map(fmt.is_missing).all()]
-    if "slide_id" not in known:
-        return None
-    more = f"; the first {MOST_AUDIT_ROWS}, all in slides.csv" if len(audit) > MOST_AUDIT_ROWS else ""
-    view = View(
-        "audit",
-        f"All slides{': microns per pixel (mpp) and tiling' if _mpp_sources(audit) else ''}{more}",
-        [Column(_AUDIT[c][0], "text" if _AUDIT[c][1] is None else "num") for c in known],
-    )
-    for row in audit.head(MOST_AUDIT_ROWS).to_dict("records"):
-        cells = []
-        for column in known:
-            digits = _AUDIT[column][1]
-            value = row[column]
-            if column == "slide_id":
-                cells.append(_slide(value, names))
-                continue
-            cells.append(("" if fmt.is_missing(value) else str(value)) if digits is None else fmt.number(value, digits))
-        view.add(cells, "failed" if row.get("status", "ok") != "ok" else "")
-    return view
-
-
-def _mpp_sources(audit: pd.DataFrame) -> str:
-    if "mpp_source" not in audit:
-        return ""
-    counts = audit["mpp_source"].fillna("none").replace("", "none").value_counts()
-    return ", ".join(f"{source} ({n})" for source, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])))
-
-
-def _slide(slide_id: Any, names: dict[str, str]) -> Any:
-    """Short name of a slide; the whole id shows when the pointer rests on it."""
-    short = names.get(str(slide_id), str(slide_id))
-    return short if short == slide_id else Markup('<span title="{}">{}</span>').format(slide_id, short)
-
-
-def _picture(thumbnail: Thumbnail, names: dict[str, str], lost: Any = None) -> dict[str, Any]:
-    """A card of the gallery: picture and facts; without a picture where the slide could not be tiled."""
-    qc = thumbnail.qc
-    tiled = qc.get("status") == "ok"
-    text = (
-        f"{fmt.count(qc.get('n_tiles'))} tiles, {fmt.number(qc.get('tissue_mm2'), 1)} mm² tissue, "
-        f"{fmt.number(qc.get('mpp_x'), 3)} mpp"
-        if tiled
-        else "reason in the table above"
-    )
-    if tiled and lost is not None:
-        text = f"tiled ({text}), then: {lost.reason_code or 'no features'}"
-    return {
-        "slide_id": thumbnail.slide_id,
-        "name": names.get(thumbnail.slide_id, thumbnail.slide_id),
-        "text": text,
-        "tiled": tiled,
-        "uri": _data_uri(thumbnail.jpg) if tiled else None,
-        "code": str(qc.get("reason_code") or "failed").replace("_", " "),
-    }
-
-
-def _data_uri(path: Path) -> str | None:
-    """The picture inside the page; a large one is made smaller, a missing or broken one is None."""
-    try:
-        content = path.read_bytes()
-        if len(content) > MOST_BYTES:
-            from PIL import Image
-
-            with Image.open(io.BytesIO(content)) as image:
-                small = image.convert("RGB")
-                small.thumbnail((512, 512))
-                buffer = io.BytesIO()
-                small.save(buffer, "JPEG", quality=80)
-                content = buffer.getvalue()
-    except OSError:
-        return None
-    return f"data:image/jpeg;base64,{base64.b64encode(content).decode()}" if content else None
+from morphome.report.inputs import ReportData
 
 
 def run_times(data: ReportData) -> dict[str, Any]:
-    """Encoding speed in one line, training per model as a table."""
-    encode = ""
-    worked = [t for t in data.timings if t.get("n_tiles")]
-    if worked:
-        n = sum(t["n_tiles"] for t in worked)
-        total = sum(t.get("seconds_total") or 0 for t in worked)
-        read, code = (sum(t.get(k) or 0 for t in worked) for k in ("seconds_read", "seconds_encode"))
-        speed = [t["tiles_per_second"] for t in worked if not fmt.is_missing(t.get("tiles_per_second"))]
-        encode = (
-            f"{fmt.plural(len(worked), 'slide')}, {fmt.count(n)} tiles in {fmt.duration(total)} of slide time; "
-            f"per slide {fmt.spread(speed)} tiles/s (median [quartiles])"
-        )
-        if read + code > 0:
-            encode += (
-                f"; reading took {100 * read / (read + code):.0f} % and encoding {100 * code / (read + code):.0f} %"
-            )
+    """Training per model as a table; how fast slides were encoded stands with the slides."""
     view = View(
         "run-times",
         "Training: wall clock per run (one fold)",
@@ -199,7 +50,7 @@ def run_times(data: ReportData) -> dict[str, Any]:
                 ", ".join(sorted({str(f.get("threads") or "") for f in facts})),
             ]
         )
-    return {"encode": encode, "view": view if view.rows else None}
+    return {"view": view if view.rows else None}
 
 
 def provenance(data: ReportData, settings_hash: str) -> dict[str, Any]:
@@ -224,7 +75,7 @@ def provenance(data: ReportData, settings_hash: str) -> dict[str, Any]:
         "versions": ", ".join(f"{k} {' / '.join(sorted(v))}" for k, v in sorted(versions.items())),
         "settings_hash": settings_hash,
         "fingerprints": sorted(prints),
-        "encoder": "imported features" if features.get("source") == "external" else str(features.get("encoder", "")),
+        "encoder": "imported features" if data.external else _encoder(str(features.get("encoder", ""))),
         "files": view,
         "sources": [words.source(s) for s in data.sources],
         "groups": _groups(data),
@@ -233,6 +84,16 @@ def provenance(data: ReportData, settings_hash: str) -> dict[str, Any]:
         ),
         "seeds": _seeds(data),
     }
+
+
+def _encoder(name: str) -> str:
+    """The encoder and the licence of its weights, which are never shipped."""
+    if name.partition(":")[0] not in ENCODERS:
+        return name
+    spec = encoder_spec(name)
+    where = f", {spec.licence_url.partition('//')[2]}" if spec.licence_url else ""
+    gate = "; its weights are given to accounts that accepted the licence" if spec.gated else ""
+    return f"{name} (licence {spec.licence}{where}{gate})"
 
 
 def _seeds(data: ReportData) -> str:

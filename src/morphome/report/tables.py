@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from morphome.report import format as fmt
+from morphome.report import slide_tables
 from morphome.report.inputs import ReportData
 from morphome.survival import TIED_TOLERANCE, censoring_km
 
@@ -219,33 +220,6 @@ def splits(data: ReportData) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def slides(data: ReportData) -> pd.DataFrame:
-    """The audit of all slides; lists and mappings as text."""
-    table = data.audit.copy()
-    for column in table.columns:
-        if table[column].map(lambda v: isinstance(v, (list, dict, tuple, np.ndarray))).any():
-            table[column] = table[column].map(_plain_text)
-    return table.sort_values("slide_id").reset_index(drop=True) if "slide_id" in table else table
-
-
-def _plain_text(value: Any) -> Any:
-    if isinstance(value, dict):
-        return "; ".join(f"{k}={v}" for k, v in value.items() if v is not None)
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return "; ".join(str(v) for v in value)
-    return value
-
-
-def failed_slides(data: ReportData) -> pd.DataFrame:
-    """Slides of the audit that gave no features: ``slide_id, reason_code, reason``."""
-    table = slides(data)
-    if "status" not in table:
-        return pd.DataFrame(columns=["slide_id", "reason_code", "reason"])
-    lost = table[table["status"].astype(str) != "ok"]
-    lost = lost.reindex(columns=["slide_id", "reason_code", "reason"]).astype(object)
-    return lost.where(lost.notna(), "").reset_index(drop=True)
-
-
 def risk_groups(data: ReportData) -> pd.DataFrame:
     """Risk groups. χ² describes; its p is left out: groups made by cross-validation do not have its distribution."""
     table = data.risk_groups.drop(columns="logrank_p", errors="ignore")
@@ -309,7 +283,8 @@ def all_tables(data: ReportData) -> dict[str, pd.DataFrame]:
         "baseline": baseline(data),
         "flow": flow(data),
         "splits": splits(data),
-        "slides": slides(data),
+        "slides": slide_tables.slides(data),
+        "mpp_audit": slide_tables.mpp_audit(data),
         "risk_groups": risk_groups(data),
         "comparisons": against_clinical(data),
         "run_times": run_times(data),

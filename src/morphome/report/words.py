@@ -22,6 +22,74 @@ _UNIDENTIFIED = re.compile(r"survival is not identified from (\S+) on")
 #: Barcode of a TCGA slide: patient, sample, portion, slide, and the file's UUID.
 _TCGA_SLIDE = re.compile(r"(TCGA-\w{2}-\w{4})-(\d{2}[A-Z]?)-\w{2}-([A-Z]{2}\w*)(?:\.[0-9A-Fa-f-]{36})?")
 
+#: Why a slide gave no features, by reason code.
+CODES = {
+    "missing_file": "the file is not there",
+    "unreadable": "the file cannot be read",
+    "unsupported_format": "the format is not supported",
+    "implausible_size": "a size that no slide has",
+    "missing_mpp": "the file does not say its microns per pixel",
+    "implausible_mpp": "microns per pixel that no scanner has",
+    "conflicting_mpp": "two sources of microns per pixel disagree",
+    "anisotropic_mpp": "pixels too far from square",
+    "too_coarse": "scanned coarser than asked",
+    "bad_levels": "damaged pyramid of levels",
+    "half_decode_too_fine": "too few pixels per tile for half-size decoding",
+    "no_half_decode": "half-size decoding is not possible",
+    "bad_mask": "the corrected tissue mask cannot be used",
+    "not_brightfield": "not a brightfield slide",
+    "no_tissue": "no tissue found",
+    "too_few_tiles": "too few tiles with tissue",
+    "too_many_failed_tiles": "too many tiles could not be read",
+    "slide_changed": "the file changed after tiling",
+    "no_features": "no features among those imported",
+    "empty": "no tile with enough tissue",
+}
+#: What was noted on the resolution of a slide that is kept, by flag.
+FLAGS = {
+    "power_conflict": "objective power contradicts the microns per pixel",
+    "no_power": "no objective power to compare with",
+    "anisotropic": "pixels not quite square (1 to 5 % apart)",
+    "upsampled": "scanned coarser than asked, tiles enlarged",
+    "level_sizes": "sizes of the pyramid's levels do not fit their factors",
+    "assumed_from_power": "microns per pixel assumed from the objective power",
+    "assumed_for_cohort": "microns per pixel set by hand for all slides that do not say theirs",
+}
+#: How assumed microns per pixel came about, by source; follows "3 slides".
+ASSUMED = {
+    "assumed_from_power": "from the objective power (tiling.mpp_missing: assume_from_power)",
+    "assumed_for_cohort": "by one value for every slide that does not say its own (tiling.mpp_missing)",
+}
+#: Readers, by the name that the audit holds.
+READERS = {
+    "tiled_jpeg": "JPEG tiles decoded directly (tiled_jpeg)",
+    "openslide": "OpenSlide",
+    "vips": "libvips",
+}
+_MPP_SOURCES = {
+    "override": "set by hand for this slide",
+    "assumed_from_power": "assumed from power",
+    "assumed_for_cohort": "assumed for the cohort",
+    "openslide": "OpenSlide",
+    "aperio": "Aperio header",
+    "mirax": "MIRAX header",
+    "dicom": "DICOM header",
+    "ome": "OME header",
+    "tiff_resolution": "TIFF resolution",
+    "none": "no source",
+}
+
+
+def mpp_source(source: Any) -> str:
+    """Where microns per pixel came from, in a reader's words."""
+    return _MPP_SOURCES.get(str(source), str(source)) if not fmt.is_missing(source) else "no source"
+
+
+def counted(counts: Mapping[str, int], said: Mapping[str, str]) -> str:
+    """``the file cannot be read (2), no tissue found (1)``: most first; an unknown code loses its underscores."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{said.get(code, code.replace('_', ' '))} ({fmt.count(n)})" for code, n in ordered)
+
 
 def tidy(text: Any) -> str:
     """A text with its decimal numbers rounded to three digits."""

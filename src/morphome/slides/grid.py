@@ -16,15 +16,17 @@ def round_half_up(value: float) -> int:
     return math.floor(value + 0.5)
 
 
-def side_px(patch_px: int, mpp_target: float, mpp: float) -> int:
+def side_px(patch_px: int, mpp_target: float, mpp: float, *, even: bool = False) -> int:
     """Side of a tile in level-0 pixels: ``round(patch_px x mpp_target / mpp)``, at least 1.
 
     Args:
         patch_px: side of the tile as the encoder sees it.
         mpp_target: microns per pixel asked for.
         mpp: microns per pixel of level 0 along this axis.
+        even: the nearest even number instead, at least 2, for tiles that are decoded at half size.
     """
-    return max(1, round_half_up(patch_px * mpp_target / mpp))
+    side = patch_px * mpp_target / mpp
+    return max(2, 2 * round_half_up(side / 2)) if even else max(1, round_half_up(side))
 
 
 def mpp_effective(side: int, mpp: float, patch_px: int) -> float:
