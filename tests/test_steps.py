@@ -58,13 +58,28 @@ def test_the_failure_limit_touches_the_index_alone(config):
     }
 
 
+def test_a_corrected_mask_touches_its_slide(config, tmp_path):
+    (tmp_path / "A.geojson").write_text("{}")
+    after = changed(config, "tiling", masks=str(tmp_path))
+    assert keys_that_changed(config, after) == {"tile A", "encode A", "collect", "report"}
+    assert step_settings(check_config(after), "tile", slide="A")["tiling"]["masks"] == str(tmp_path / "A.geojson")
+
+
+def test_how_an_encoder_is_run_touches_no_features(config):
+    after = changed(config, "features", device="cpu", batch=8, allow_unpinned=True)
+    assert keys_that_changed(config, after) == {"report"}
+    learned = changed(config, "features", encoder="tiny_random")
+    after = changed(learned, "features", precision="bf16", runtime="openvino")
+    assert keys_that_changed(learned, after) == {"encode A", "encode B", "collect", "report"}
+
+
 def test_bootstrap_touches_the_evaluation_alone(config):
     assert keys_that_changed(config, changed(config, "evaluation", bootstrap=5)) == {"evaluate", "report"}
 
 
 def test_settings_outside_a_step_are_not_handed_over(config):
     full = check_config(config)
-    assert set(step_settings(full, "tile", slide="A")) == {"tiling"}
+    assert step_settings(full, "tile", slide="A") == {"tiling": full["tiling"], "slides": {"reader": "auto"}}
     assert set(step_settings(full, "train", model="mome")) == {"model"}
 
 

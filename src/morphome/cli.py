@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from morphome import __version__
-from morphome.config import load_config
+from morphome import __version__, cli_tools
+from morphome.cli_base import DEFAULT, Config, Run, readable_errors
 from morphome.errors import MorphomeError
-from morphome.files import read_json
-from morphome.paths import Paths
-from morphome.steps import require_made_by, step_settings
-from morphome.workflow import run_folders, slide_paths
+from morphome.files import read_json, write_json
+from morphome.steps import code_hash
+from morphome.workflow import encode_jobs, run_folders, slide_paths
 
 app = typer.Typer(
     name="morphome",
@@ -31,86 +29,18 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-Config = Annotated[Path, typer.Option("--config", envvar="MORPHOME_CONFIG", help="Configuration of the run.")]
 Slide = Annotated[str, typer.Option(help="slide_id, as in the slide sheet.")]
-DEFAULT = Path("config.yaml")
 START, SLIDES, MODELS, RESULTS = "1 Cohort", "2 Slides and features", "3 Splits and models", "4 Results"
-
-
-class Run:
-    """A checked configuration with its paths and the settings of each step."""
-
-    def __init__(self, config: Path) -> None:
-        self.config = load_config(config)
-        self.paths = Paths(self.config)
-
-    def settings(self, step: str, **wildcards: str) -> dict[str, Any]:
-        return step_settings(self.config, step, **wildcards)
-
-    def made(self, path: Path, format_name: str, step: str, **wildcards: str) -> Path:
-        """``path``, after checking that it was made by ``step`` with the settings of this configuration."""
-        return require_made_by(path, format_name, self.settings(step, **wildcards))
-
-    @property
-    def external(self) -> bool:
-        return self.config["features"]["source"] == "external"
-
-    @property
-    def index(self) -> Path:
-        return self.made(self.paths.index, "morphome.feature_index", "import" if self.external else "collect")
-
-    @property
-    def panels(self) -> dict[str, Path]:
-        return {k: self.made(v, "morphome.panel", "genes") for k, v in self.paths.panels.items()}
-
-    @property
-    def patients(self) -> Path:
-        return self.made(self.paths.patients, "morphome.patients", "cohort")
-
-    @property
-    def slides(self) -> Path:
-        return self.made(self.paths.slides, "morphome.slides", "cohort")
-
-    @property
-    def flow(self) -> Path:
-        return self.made(self.paths.cohort_flow, "morphome.flow", "cohort")
-
-    @property
-    def groups(self) -> Path | None:
-        return self.paths.groups and self.made(self.paths.groups, "morphome.groups", "genes")
-
-    @property
-    def splits(self) -> Path:
-        return self.made(self.paths.splits, "morphome.splits", "split")
-
-    @property
-    def split_facts(self) -> Path:
-        return self.made(self.paths.split_facts, "morphome.split_facts", "split")
-
-    @property
-    def analysis(self) -> Path:
-        return self.made(self.paths.analysis, "morphome.analysis", "assemble")
-
-
-def _readable_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn what a user can mend into one message and exit code 1; anything else keeps its traceback."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except MorphomeError as error:
-            print(f"morphome: {error}", file=sys.stderr)
-            raise typer.Exit(1) from None
-
-    return wrapped
+TOOLS = "5 Tools beside the steps"
+for name in ("encoders", "features", "bench"):
+    app.add_typer(getattr(cli_tools, name), name=name, rich_help_panel=TOOLS, no_args_is_help=True)
 
 
 def step(panel: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a command under a heading of ``morphome --help``."""
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        return app.command(rich_help_panel=panel)(_readable_errors(function))
+        return app.command(rich_help_panel=panel)(readable_errors(function))
 
     return register
 
@@ -200,22 +130,54 @@ def tile(slide: Slide, path: Annotated[Path, typer.Option(help="The slide file."
 
 
 @step(SLIDES)
-def encode(slide: Slide, path: Annotated[Path, typer.Option(help="The slide file.")], config: Config = DEFAULT) -> None:
-    """Features of one slide's tiles, to HDF5."""
-    from morphome.features.encode import run_encode
-
+def encode(
+    slides: Annotated[list[str] | None, typer.Argument(help="slide_id of each slide; all when none is given.")] = None,
+    job: Annotated[int | None, typer.Option(help="Number of a group of slides.per_job slides, from 1.")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads: for reading tiles, and for the encoder.")] = 1,
+    config: Config = DEFAULT,
+) -> None:
+    """Features of the tiles of slides, one HDF5 file a slide. Slides that are done and unchanged are passed over."""
     run = Run(config)
-    _must_exist(path)
-    run_encode(
-        slide_path=path,
-        slide_id=slide,
-        tiles_h5=run.made(run.paths.tiles(slide).h5, "morphome.tiles", "tile", slide=slide),
-        settings=run.settings("encode", slide=slide),
-        h5_out=run.paths.features(slide),
-        timing_out=run.paths.timing(slide),
+    paths = slide_paths(run.config)
+    if job is not None:
+        groups = encode_jobs(run.config, list(paths))
+        if slides or not 1 <= job <= len(groups):
+            raise MorphomeError(f"--job {job}: there are {len(groups)} jobs", "give a number of these, or slides")
+        slides = groups[job - 1]
+    chosen = slides or list(paths)
+    if unknown := [slide for slide in chosen if slide not in paths]:
+        raise MorphomeError(f"slide '{unknown[0]}': not in the slide sheet, or its file is gone", "correct the name")
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # before numpy and torch are loaded
+    from morphome.features.encode import EncodeJob, run_encode
+
+    records = run_encode(
+        jobs=[
+            EncodeJob(
+                slide_path=paths[slide],
+                slide_id=slide,
+                tiles_h5=run.made(run.paths.tiles(slide).h5, "morphome.tiles", "tile", slide=slide),
+                settings=run.settings("encode", slide=slide),
+                h5_out=run.paths.features(slide),
+                timing_out=run.paths.timing(slide),
+            )
+            for slide in chosen
+        ],
+        features=run.config["features"],
+        code=code_hash("encode"),
+        threads=threads,
     )
-    record = read_json(run.paths.timing(slide), "morphome.timing")
-    print(f"{slide}: {record['n_tiles']} tiles in {record['seconds_total']:.1f} s: {run.paths.features(slide)}")
+    for record in records:
+        said = "as before" if record["skipped"] else f"{record['n_tiles']} tiles"
+        why = "" if record["status"] == "ok" else f": {record['status']}, {record['reason_code']}: {record['reason']}"
+        print(f"{record['slide_id']}: {said}{why}")
+    if job is not None:
+        # The code too: Snakemake looks at the content of small files, and new code may give new vectors under old keys.
+        content = {
+            "job": job,
+            "code": code_hash("encode"),
+            "slides": {record["slide_id"]: record["content_key"] for record in records},
+        }
+        write_json(content, run.paths.encode_job(job), "morphome.encode_job", run.settings("encode"))
 
 
 @step(SLIDES)
@@ -348,6 +310,8 @@ def report(config: Config = DEFAULT) -> None:
         runs=[folder for _, folder in run_folders(run.config)],
         groups=run.groups,
         oracle=run.made(paths.oracle, "morphome.oracle", "simulate") if "simulate" in run.config else None,
+        cohort_slides=run.slides,
+        cohort_patients=run.patients,
         config=run.config,
     )
     run_report(settings=run.settings("report"), inputs=inputs, out=paths.report.parent)

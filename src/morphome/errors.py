@@ -12,7 +12,8 @@ class MorphomeError(Exception):
     """
 
     def __init__(self, problem: str, remedy: str = "") -> None:
-        self.problem = problem
+        # The name of a file may hold bytes that are no UTF-8, which no file of ours and few terminals take.
+        self.problem = problem = problem.encode("utf-8", "backslashreplace").decode("utf-8")
         self.remedy = remedy
         super().__init__(f"{problem}\n  Remedy: {remedy}" if remedy else problem)
 

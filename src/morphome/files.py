@@ -7,9 +7,12 @@ metadata of a Parquet file, under ``"stamp"`` in a JSON file and in the attribut
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import io
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,11 +22,13 @@ from morphome import __version__
 from morphome.errors import MorphomeError
 
 if TYPE_CHECKING:
+    import h5py
     import pandas as pd
 
 #: Newest version of each format that this code writes and reads. Older ones must still open.
 FORMAT_VERSION = 1
 _PARQUET_KEY = b"morphome"
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _MAKE_AGAIN = "delete the file and run the step that makes it again"
 
 
@@ -71,13 +76,18 @@ def check_stamp(
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``path`` (same suffix); on success it replaces ``path``, else it is removed."""
+    """Yield a temporary name beside ``path`` (same suffix); on success it replaces ``path``, else it is removed.
+
+    Raises:
+        MorphomeError: the folder cannot be written, or there is no room (disk, quota or largest size of a file).
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem[:80]}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary: Path | None = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem[:80]}.", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
         yield temporary
         # mkstemp makes 0600; outputs follow the user's umask as if they had been opened plainly.
         mask = os.umask(0)
@@ -86,8 +96,43 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        number = _errno(error)
+        if number not in _NO_ROOM and temporary is not None and getattr(error, "filename", None) != str(temporary):
+            raise  # something else that the caller does while writing
+        raise MorphomeError(
+            f"{path}: cannot be written: {os.strerror(number) if number else error}",
+            "make room (disk, quota or limit of file sizes) and run the step again"
+            if number in _NO_ROOM
+            else "check that the folder exists and that you may write there, then run the step again",
+        ) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            with contextlib.suppress(OSError):  # a file system that became read-only keeps it
+                temporary.unlink(missing_ok=True)
+
+
+def _errno(error: Exception) -> int | None:
+    """Number of a system error; HDF5 names it in a text of its own, sometimes of another class."""
+    found = re.search(r"\berrno = (\d+)", str(error))
+    return getattr(error, "errno", None) or (int(found.group(1)) if found else None)
+
+
+@contextlib.contextmanager
+def atomic_h5(path: Path) -> Iterator[h5py.File]:
+    """Yield an HDF5 file in memory; on success its bytes are written atomically.
+
+    HDF5 does not survive a full disk: its error leaves objects that cannot be closed, and the process crashes when
+    it ends (seen with HDF5 2.0). Python writing the finished bytes fails in an orderly way. The memory
+    is that of the file, once.
+    """
+    import h5py
+
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as handle:
+        yield handle
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def write_text(text: str, path: Path) -> None:
@@ -222,7 +267,7 @@ def _missing(path: Path, format_name: str) -> MorphomeError:
 def _plain(value: Any) -> Any:
     """JSON-able copy: numpy scalars and arrays to Python, paths to text, NaN and infinities to None."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {_plain(str(k)): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set)):
         return [_plain(v) for v in value]
     if hasattr(value, "tolist"):  # numpy scalar or array
@@ -230,5 +275,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if value == value and abs(value) != float("inf") else None
     if isinstance(value, Path):
-        return str(value)
+        value = str(value)
+    if isinstance(value, str):
+        # The name of a file may hold bytes that are no UTF-8; Python keeps them as lone surrogates.
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
     return value

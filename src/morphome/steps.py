@@ -29,6 +29,7 @@ class Step:
     module: str
 
 
+_ENCODER = ("features.encoder", "features.precision")
 STEPS: dict[str, Step] = {
     "simulate": Step(("simulate",), "morphome.cohort.simulate"),
     "cohort": Step(
@@ -36,13 +37,20 @@ STEPS: dict[str, Step] = {
         "morphome.cohort.manifest",
     ),
     "genes": Step(("molecular",), "morphome.genomics.panels"),
-    "tile": Step(("tiling",), "morphome.slides.tile"),
+    "tile": Step(("tiling", "slides.reader"), "morphome.slides.tile"),
+    # How an encoder is run (weights, device, runtime, batch) is not among its settings: the vectors are the same, and
+    # other weights give another fingerprint and so another folder.
     "encode": Step(
-        ("tiling", "features.source", "features.encoder", "features.max_failed_tiles"),
+        ("tiling", "slides.reader", "features.source", *_ENCODER, "features.max_failed_tiles"),
         "morphome.features.encode",
     ),
-    "collect": Step(("slides.max_failed_fraction", "tiling", "features"), "morphome.features.collect"),
-    "import": Step(("slides.max_failed_fraction", "features.source", "features.path"), "morphome.features.external"),
+    "collect": Step(
+        ("slides.max_failed_fraction", "tiling", "features.source", *_ENCODER), "morphome.features.collect"
+    ),
+    "import": Step(
+        ("slides.max_failed_fraction", "features.source", "features.path", "features.dataset", "features.mpp"),
+        "morphome.features.external",
+    ),
     "assemble": Step(("cohort.require",), "morphome.cohort.assemble"),
     "split": Step(("splits", "evaluation.horizon_months"), "morphome.splits"),
     "train": Step((), "morphome.training.run"),
@@ -57,7 +65,7 @@ def step_settings(
     """The part of a checked configuration that ``step`` may see.
 
     Args:
-        slide: for per-slide steps; only this slide's ``mpp_overrides`` are passed on.
+        slide: for per-slide steps; only this slide's ``mpp_overrides`` and corrected mask are passed on.
         model: for ``train``; only this row's entry is passed on.
     """
     if step == "train":
@@ -71,8 +79,19 @@ def step_settings(
     if slide is not None and "tiling" in chosen:
         overrides = chosen["tiling"]["mpp_overrides"]
         mine = {slide: overrides[slide]} if slide in overrides else {}
-        chosen["tiling"] = {**chosen["tiling"], "mpp_overrides": mine}
+        tiling = {**chosen["tiling"], "mpp_overrides": mine}
+        tiling.pop("masks", None)
+        if mask := mask_file(config, slide):
+            tiling["masks"] = str(mask)
+        chosen["tiling"] = tiling
     return chosen
+
+
+def mask_file(config: Mapping[str, Any], slide: str) -> Path | None:
+    """The corrected tissue mask of a slide below ``tiling.masks``; None where there is none."""
+    folder = config["tiling"].get("masks")
+    path = Path(folder) / f"{slide}.geojson" if folder else None
+    return path if path and path.exists() else None
 
 
 def _copy(source: Mapping[str, Any], target: dict[str, Any], key: list[str]) -> None:

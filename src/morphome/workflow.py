@@ -5,7 +5,7 @@ Asked by the Snakefile and by the commands, so that both see the same lists. Sta
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,12 @@ def slide_paths(config: Mapping[str, Any]) -> dict[str, Path]:
     return found
 
 
+def encode_jobs(config: Mapping[str, Any], slides: Sequence[str]) -> list[list[str]]:
+    """Slides in groups of ``slides.per_job``: one job encodes a group, so that an encoder is loaded once for all."""
+    size = config["slides"]["per_job"]
+    return [list(slides[start : start + size]) for start in range(0, len(slides), size)]
+
+
 def run_folders(config: Mapping[str, Any]) -> list[tuple[str, Path]]:
     """``(row name, folder)`` of every model x repeat x fold."""
     paths = Paths(config)
@@ -74,7 +80,9 @@ def external_feature_files(config: Mapping[str, Any]) -> list[Path]:
     """The files of ``features.path`` with ``features.source: external``; empty otherwise."""
     if config["features"]["source"] != "external":
         return []
-    return _files_of(config, Path(config["features"]["path"]), depth=1)
+    from morphome.features.bag_files import input_files
+
+    return input_files(Path(config["features"]["path"]))
 
 
 def split_files(config: Mapping[str, Any]) -> list[Path]:

@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from morphome.slides import openslide_reader as module
+from morphome.slides import overview
 from morphome.slides.openslide_reader import OpenSlideReader
-from morphome.slides.patches import read_patch, resize_name, resize_patch
+from morphome.slides.patches import PatchShape, read_patch, resize_name, resize_patch
 from morphome.slides.reader import SlideError
 
 
@@ -40,7 +41,7 @@ def test_an_overview_is_the_area_mean(slide, painted, size):
 def test_an_overview_does_not_depend_on_the_blocks(slide, monkeypatch):
     with OpenSlideReader(slide) as reader:
         whole = reader.overview(83, 61)
-        monkeypatch.setattr(module, "BLOCK_PX", 60)
+        monkeypatch.setattr(overview.area_mean, "__defaults__", (60,))
         blocks = reader.overview(83, 61)
     assert np.abs(whole.astype(int) - blocks).max() <= 1
 
@@ -105,7 +106,7 @@ def test_a_tile_that_cannot_be_read_names_its_place(synthetic, painted, tmp_path
     synthetic.damage_tiles(path, [0])
     with OpenSlideReader(path) as reader:
         with pytest.raises(SlideError) as caught:
-            read_patch(reader, 0, 0, 64, 64, 64)
+            read_patch(reader, 0, 0, PatchShape(64, 64, 64))
         assert caught.value.code == "unreadable"
         assert "(0, 0) of level 0" in caught.value.problem
 

@@ -26,18 +26,20 @@ REFUSED = {
     "ndpi/test3-DAPI-2-(387).ndpi": ("not_brightfield", "dark"),
     "svs/TCGA-CR-7395-01A-01-TS1.svs": ("missing_mpp", "tiling.mpp_overrides"),
     "tiff/CMU-1-Small-Region.jpeg.tiff": ("implausible_mpp", "0.00499"),
-    "tiff/XYC_jpeg.ome.tiff": ("unsupported_format", "OME-TIFF"),
+    "tiff/XYC_jpeg.ome.tiff": ("missing_mpp", "tiling.mpp_overrides"),
     "tiff/slaid_patch_rgba_256.tif": ("missing_mpp", "slaid_patch_rgba_256"),
 }
-#: File, changes of the settings, least and most tiles, side in level-0 pixels.
+#: File, changes of the settings, least and most tiles, side in level-0 pixels, reader.
 TILED = [
-    ("svs/CMU-1-Small-Region.svs", {}, 30, 40, 257),
-    ("svs/TCGA-CR-7395-01A-01-TS1.svs", {"mpp_overrides": {"TCGA-CR-7395-01A-01-TS1": 0.25}}, 28, 42, 512),
-    ("svs/TCGA-CR-7395-01A-01-TS1.svs", {"mpp_overrides": {"TCGA-CR-7395-01A-01-TS1": 0.5}}, 135, 170, 256),
-    ("dicom/cytomine_biopsy.dcm", {"mpp_target": 1.0}, 105, 145, 264),
-    ("tiff/CMU-1-Small-Region.jpeg.tiff", {"mpp_overrides": {"CMU-1-Small-Region.jpeg": 0.499}}, 30, 40, 257),
+    ("svs/CMU-1-Small-Region.svs", {}, 30, 40, 257, "tiled_jpeg"),
+    ("svs/TCGA-CR-7395-01A-01-TS1.svs", {"mpp_overrides": {"TCGA-CR-7395-01A-01-TS1": 0.25}}, 28, 42, 512, "openslide"),
+    ("svs/TCGA-CR-7395-01A-01-TS1.svs", {"mpp_overrides": {"TCGA-CR-7395-01A-01-TS1": 0.5}}, 135, 170, 256,
+     "openslide"),
+    ("dicom/cytomine_biopsy.dcm", {"mpp_target": 1.0}, 105, 145, 264, "openslide"),
+    ("tiff/CMU-1-Small-Region.jpeg.tiff", {"mpp_overrides": {"CMU-1-Small-Region.jpeg": 0.499}}, 30, 40, 257,
+     "tiled_jpeg"),
     ("tiff/slaid_patch_rgba_256.tif", {"mpp_overrides": {"slaid_patch_rgba_256": 0.5}, "patch_px": 64,
-                                       "min_fragment_mm2": 0.001}, 10, 16, 64),
+                                       "min_fragment_mm2": 0.001}, 10, 16, 64, "openslide"),
 ]  # fmt: skip
 
 
@@ -45,7 +47,7 @@ TILED = [
 def tile(synthetic, tmp_path):
     def run(path: Path, **changes):
         defaults = {"patch_px": 256, "min_fragment_mm2": 0.05, "max_hole_mm2": 0.02}
-        settings = {"tiling": synthetic.tiling(**{**defaults, **changes})}
+        settings = {"tiling": synthetic.tiling(**{**defaults, **changes}), "slides": synthetic.SLIDES}
         ends = {"h5_out": ".h5", "qc_out": ".json", "geojson_out": ".geojson", "thumbnail_out": ".jpg"}
         outputs = {name: tmp_path / f"{path.stem}{end}" for name, end in ends.items()}
         run_tile(slide_path=path, slide_id=path.stem, settings=settings, **outputs)
@@ -71,14 +73,20 @@ def test_refused_for_the_right_reason(shared_data, tile, name):
     assert len(coords) == 0
 
 
-@pytest.mark.parametrize(("name", "changes", "least", "most", "side"), TILED)
-def test_tiled(shared_data, tile, name, changes, least, most, side):
+@pytest.mark.parametrize(("name", "changes", "least", "most", "side", "reader"), TILED)
+def test_tiled(shared_data, tile, name, changes, least, most, side, reader):
     qc, coords = tile(shared_data / "wsi" / name, **changes)
     assert qc["status"] == "ok", qc["reason"]
     assert least <= len(coords) <= most
     assert (qc["side_x_px"], qc["side_y_px"]) == (side, side)
     assert abs(qc["deviation_pct"]) < 0.25
     assert qc["pen_fraction"] == 0
+    assert qc["blood_fraction"] < 0.02
+    assert qc["fold_fraction"] < 0.1
+    assert (qc["reader"], bool(qc["reader_reason"])) == (reader, reader == "openslide")
+    if reader == "tiled_jpeg":
+        assert qc["parity_n"] > 8
+        assert qc["parity_max_difference"] == 0
     assert (coords % side == 0).all()
     assert (coords + side <= [qc["width_px"], qc["height_px"]]).all()
 
@@ -90,3 +98,21 @@ def test_a_dicom_folder_is_one_slide(shared_data, tile, tmp_path):
     qc, coords = tile(folder, mpp_target=1.0)
     assert (qc["status"], qc["vendor"]) == ("ok", "dicom")
     assert np.ptp(coords[:, 0]) > 8000
+
+
+def test_an_image_that_openslide_refuses_is_tiled_by_libvips(shared_data, tile):
+    """A test card of coloured squares in an OME-TIFF file, once its resolution is given; colour is all it takes."""
+    path = shared_data / "wsi" / "tiff" / "XYC_jpeg.ome.tiff"
+    qc, coords = tile(path, mpp_overrides={"XYC_jpeg.ome": 0.5}, patch_px=64)
+    assert (qc["status"], qc["reader"], qc["vendor"]) == ("ok", "vips", "ome-tiff")
+    assert "OpenSlide refuses" in qc["reader_reason"]
+    assert qc["parity_max_difference"] is None
+    assert len(coords) > 10
+
+
+def test_a_mask_of_a_real_slide_comes_back_as_it_went(shared_data, tile, tmp_path):
+    path = shared_data / "wsi" / "svs" / "CMU-1-Small-Region.svs"
+    made, before = tile(path)
+    again, after = tile(path, masks=str(tmp_path / f"{path.stem}.geojson"))
+    assert (again["mask_source"], again["mask_sha256"]) == ("geojson", made["mask_sha256"])
+    np.testing.assert_array_equal(before, after)

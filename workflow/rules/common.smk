@@ -13,8 +13,9 @@ sys.path.insert(0, str(SOURCE))
 from morphome.config import check_config, read_yaml
 from morphome.errors import MorphomeError
 from morphome.paths import Paths
-from morphome.steps import code_hash, step_key, write_resolved
+from morphome.steps import code_hash, mask_file, step_key, write_resolved
 from morphome.workflow import (
+    encode_jobs,
     external_feature_files,
     molecular_files,
     run_folders,
@@ -30,10 +31,12 @@ try:
         )  # Snakemake keeps the last of two equal keys in silence; this refuses them
     CONFIG = check_config(config)
     SLIDES = slide_paths(CONFIG)
+    JOBS = encode_jobs(CONFIG, list(SLIDES))
 except MorphomeError as error:
     raise WorkflowError(str(error))
 
 PATHS = Paths(CONFIG)
+ENCODED = [PATHS.encode_job(job) for job in range(1, len(JOBS) + 1)]
 RESOLVED = write_resolved(CONFIG)
 # Inside a conda environment the interpreter is that environment's; otherwise it is the one that runs Snakemake,
 # whether or not its folder is on the PATH.
@@ -57,10 +60,15 @@ wildcard_constraints:
     model="[^/]+",
     repeat=r"\d+",
     fold=r"\d+",
+    job=r"\d+",
 
 
 def slide_file(wildcards):
     return SLIDES[wildcards.slide]
+
+
+def slides_of_job(wildcards):
+    return JOBS[int(wildcards.job) - 1]
 
 
 def key_of(step):

@@ -24,10 +24,11 @@ rule evaluate:
 rule report:
     input:
         flows=[PATHS.cohort_flow, PATHS.analysis_flow],
+        cohort=[PATHS.patients, PATHS.slides],
         patients=PATHS.analysis,
         audit=PATHS.audit,
         thumbnails=[PATHS.tiles(slide).thumbnail for slide in SLIDES],
-        timings=[PATHS.timing(slide) for slide in SLIDES],
+        encoded=ENCODED,
         splits=[PATHS.splits, PATHS.split_facts],
         evaluation=PATHS.evaluation_tables,
         runs=[folder / "run.json" for _, folder in run_folders(CONFIG)],

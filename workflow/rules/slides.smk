@@ -1,6 +1,7 @@
 rule tile:
     input:
         slide=slide_file,
+        mask=lambda wildcards: mask_file(CONFIG, wildcards.slide) or [],
     output:
         h5=PATHS.tiles("{slide}").h5,
         qc=PATHS.tiles("{slide}").qc,
@@ -22,27 +23,36 @@ rule tile:
         "morphome tile --slide {wildcards.slide:q} --path {input.slide:q} > {log:q} 2>&1"
 
 
+# One job encodes a group of slides, so that an encoder is loaded once for all of them. The features of a slide are its
+# own file, which Snakemake does not see: it is written whole or not at all, and a job passes over every slide whose
+# file is there and belongs to this slide, these tiles, settings and code. So a killed job loses one slide at most, and
+# a slide that is added or changed is the only one that is encoded.
 rule encode:
     input:
-        slide=slide_file,
-        tiles=PATHS.tiles("{slide}").h5,
+        slides=lambda wildcards: [SLIDES[slide] for slide in slides_of_job(wildcards)],
+        tiles=lambda wildcards: [
+            PATHS.tiles(slide).h5 for slide in slides_of_job(wildcards)
+        ],
     output:
-        features=PATHS.features("{slide}"),
-        timing=PATHS.timing("{slide}"),
+        PATHS.encode_job("{job}"),
     log:
-        PATHS.log("encode", "{slide}"),
+        PATHS.log("encode", "{job}"),
     priority: 20
     conda:
         "../../envs/slides.yaml"
     resources:
-        mem_mb=2000,
+        mem_mb=4000,
     params:
-        key=key_of("encode"),
+        slides=slides_of_job,
+        key=lambda wildcards: [
+            step_key(CONFIG, "encode", slide=slide)
+            for slide in slides_of_job(wildcards)
+        ],
         code=code_hash("encode"),
     message:
-        "encode {wildcards.slide}"
+        "encode {wildcards.job}: slides {params.slides[0]} to {params.slides[-1]}"
     shell:
-        "morphome encode --slide {wildcards.slide:q} --path {input.slide:q} > {log:q} 2>&1"
+        "morphome encode --job {wildcards.job} --threads {threads} > {log:q} 2>&1"
 
 
 if CONFIG["features"]["source"] == "external":
@@ -72,7 +82,7 @@ else:
 
     rule collect:
         input:
-            features=[PATHS.features(slide) for slide in SLIDES],
+            features=ENCODED,
             qc=[PATHS.tiles(slide).qc for slide in SLIDES],
         output:
             index=PATHS.index,

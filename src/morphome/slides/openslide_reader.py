@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
 import openslide
 from PIL import Image
 
-from morphome.slides.reader import ReaderChoice, SlideError, SlideFacts
+from morphome.slides.overview import area_mean, level_for
+from morphome.slides.reader import ReaderChoice, SlideError, SlideFacts, check_size
+from morphome.slides.tiff_directory import TIFF_STARTS
 
 #: Decoded tiles that OpenSlide keeps: neighbouring tiles of a row share native tiles, the default 32 MiB is too few.
 CACHE_BYTES = 128 << 20
-#: Longest side of a block read for an overview, in pixels of the level: bounds memory on files without a pyramid.
-BLOCK_PX = 2048
-#: A level this much coarser than asked still serves an overview: 16 for 15.9 saves reading the level of 4.
-OVERVIEW_TOLERANCE = 1.05
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 class OpenSlideReader:
@@ -27,8 +23,8 @@ class OpenSlideReader:
         path: a slide file, or a folder holding one DICOM series.
 
     Raises:
-        SlideError: ``missing_file``, ``unsupported_format`` (an image, but of a kind that OpenSlide refuses) or
-            ``unreadable``; the message holds the file size and its first bytes.
+        SlideError: ``missing_file``, ``unsupported_format`` (an image, but of a kind that OpenSlide refuses),
+            ``unreadable`` (the message holds the file size and its first bytes) or ``implausible_size``.
     """
 
     def __init__(self, path: Path, choice: ReaderChoice | None = None) -> None:
@@ -47,10 +43,19 @@ class OpenSlideReader:
             bounds=_bounds(properties, width, height),
             properties=properties,
         )
+        try:
+            check_size(self.facts)
+        except SlideError:
+            self._slide.close()
+            raise
 
     def read_level0(self, x: int, y: int, width: int, height: int) -> np.ndarray:
         """Region of level 0 as uint8 (height, width, 3)."""
         return np.asarray(self._read(x, y, 0, width, height))
+
+    def read_image(self, x: int, y: int, width: int, height: int) -> Image.Image:
+        """The same as an RGB picture, which a resize takes without a copy."""
+        return self._read(x, y, 0, width, height)
 
     def overview(self, width: int, height: int) -> np.ndarray:
         """The whole slide area-averaged to uint8 (height, width, 3).
@@ -59,34 +64,20 @@ class OpenSlideReader:
         without a pyramid would otherwise hold all of level 0 in memory.
         """
         facts = self.facts
-        factor = min(facts.width_px / width, facts.height_px / height)
-        fine = [
-            i
-            for i, d in enumerate(facts.level_downsamples)
-            if d <= factor * OVERVIEW_TOLERANCE and min(facts.level_sizes[i])
-        ]
-        level = max(fine, key=lambda i: facts.level_downsamples[i], default=0)
+        level = level_for(facts, width, height)
         level_w, level_h = facts.level_sizes[level]
-        scale_x, scale_y = level_w / width, level_h / height
-        step_x, step_y = max(1, int(BLOCK_PX / scale_x)), max(1, int(BLOCK_PX / scale_y))
-        out = np.empty((height, width, 3), np.uint8)
-        for top in range(0, height, step_y):
-            bottom = min(top + step_y, height)
-            y0, y1 = math.floor(top * scale_y), min(level_h, math.ceil(bottom * scale_y))
-            for left in range(0, width, step_x):
-                right = min(left + step_x, width)
-                x0, x1 = math.floor(left * scale_x), min(level_w, math.ceil(right * scale_x))
-                at_x, at_y = round(x0 * facts.width_px / level_w), round(y0 * facts.height_px / level_h)
-                block = self._read(at_x, at_y, level, x1 - x0, y1 - y0)
-                box = (left * scale_x - x0, top * scale_y - y0, right * scale_x - x0, bottom * scale_y - y0)
-                box = (box[0], box[1], min(box[2], block.width), min(box[3], block.height))
-                out[top:bottom, left:right] = block.resize((right - left, bottom - top), Image.Resampling.BOX, box)
-        return out
+
+        def read(x: int, y: int, w: int, h: int) -> Image.Image:
+            at = round(x * facts.width_px / level_w), round(y * facts.height_px / level_h)
+            return self._read(*at, level, w, h)
+
+        return area_mean(read, level_w, level_h, width, height)
 
     def _read(self, x: int, y: int, level: int, width: int, height: int) -> Image.Image:
         try:
             region = self._slide.read_region((x, y), level, (width, height))
         except openslide.OpenSlideError as error:
+            self._reopen()
             raise SlideError(
                 "unreadable",
                 f"{self._path}: opens, but the {width} x {height} px at ({x}, {y}) of level {level} cannot be read: "
@@ -99,6 +90,13 @@ class OpenSlideReader:
         white = Image.new("RGB", region.size, (255, 255, 255))
         white.paste(region, mask=alpha)
         return white
+
+    def _reopen(self) -> None:
+        """OpenSlide keeps an error for the rest of a handle's life: only a fresh one reads the next region."""
+        path, fresh = _open(self._path)  # first: where the file is gone the old handle stays, and is closed once
+        self._slide.close()
+        self._path, self._slide = path, fresh
+        self._slide.set_cache(openslide.OpenSlideCache(CACHE_BYTES))
 
     def another(self) -> OpenSlideReader:
         """A second handle on the same file."""
@@ -137,7 +135,7 @@ def _refusal(path: Path, error: Exception) -> SlideError:
             start = handle.read(132)
     except OSError as failed:
         return SlideError("unreadable", f"{path}: {failed.strerror}", "check the rights of the file and its disk")
-    is_tiff, is_dicom = start[:4] in _TIFF, start[128:] == b"DICM"
+    is_tiff, is_dicom = start[:4] in TIFF_STARTS, start[128:] == b"DICM"
     unknown = isinstance(error, openslide.OpenSlideUnsupportedFormatError)
     if is_dicom or (unknown and is_tiff):
         kind = "DICOM" if is_dicom else "TIFF"

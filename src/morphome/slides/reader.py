@@ -15,6 +15,11 @@ import numpy as np
 
 from morphome.errors import MorphomeError
 
+#: No slide is larger: 2^21 px are half a metre at 0.25 microns per pixel, and 2^38 px a square of 524,288.
+MAX_SIDE_PX, MAX_AREA_PX = 1 << 21, 1 << 38
+#: Native tiles of OpenSlide take 4 bytes a pixel; 2^27 px are 512 MiB.
+MAX_TILE_PX = 1 << 27
+
 
 class SlideError(MorphomeError):
     """A slide that cannot be used. ``code`` is short and stable, the message names the file and the remedy."""
@@ -46,6 +51,32 @@ class SlideFacts:
     level_downsamples: tuple[float, ...]
     bounds: tuple[int, int, int, int]
     properties: dict[str, str]
+
+
+def check_size(facts: SlideFacts) -> None:
+    """Refuse sizes that only a forged or damaged header claims, before anything of that size is allocated.
+
+    OpenSlide allocates a whole native tile at once and ends the process when it cannot.
+
+    Raises:
+        SlideError: ``implausible_size``.
+    """
+    sizes = {"": (facts.width_px, facts.height_px)}
+    too_large = max(sizes[""]) > MAX_SIDE_PX or facts.width_px * facts.height_px > MAX_AREA_PX
+    for level in range(len(facts.level_sizes)):
+        try:
+            tile = tuple(int(facts.properties[f"openslide.level[{level}].tile-{n}"]) for n in ("width", "height"))
+        except (KeyError, ValueError):
+            continue
+        if tile[0] * tile[1] > MAX_TILE_PX:
+            too_large, sizes = True, {f"native tiles of level {level}: ": tile}
+    if too_large:
+        (what, (width, height)), *_ = sizes.items()
+        raise SlideError(
+            "implausible_size",
+            f"{facts.path}: {what}{width} x {height} px is no size that a scanner writes",
+            "fetch the file again and compare its md5, or take the slide out of the sheet",
+        )
 
 
 @dataclass(frozen=True)
@@ -82,3 +113,9 @@ class SlideReader(Protocol):
 
     def close(self) -> None:
         """Let go of the file."""
+
+    def __enter__(self) -> Self:
+        """The reader itself."""
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
