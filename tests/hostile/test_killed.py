@@ -111,8 +111,8 @@ def test_killed_at_random_moments(steps, tmp_path, step):
     steps[step]()
     seconds = time.perf_counter() - started
     names = check_absent_or_whole(out, step)
-    for number in range(12):
-        killed(steps[step], lambda: None, delay=seconds * number / 10)
+    for number in range(8):
+        killed(steps[step], lambda: None, delay=seconds * number / 7)
         assert check_absent_or_whole(out, step) == names
 
 

@@ -47,9 +47,9 @@ def test_cut_off_within_the_tiles(tile, files, tmp_path, reader):
     content = whole.read_bytes()
     start = content.index(b"\xff\xd8")
     with open_slide(whole, "openslide") as slide:
-        expected = {(x, y): slide.read_level0(x, y, 64, 64) for y in (0, 64, 192, 256) for x in (0, 192, 384)}
+        expected = {(x, y): slide.read_level0(x, y, 64, 64) for y in (0, 64, 192, 320) for x in (0, 192, 384)}
     path = tmp_path / "cut.svs"
-    for share in (0.0, 0.05, 0.4, 0.8, 0.9999):
+    for share in (0.0, 0.05, 0.4, 0.8, 0.97):
         path.write_bytes(content[: start + int(share * (len(content) - start))])
         lost = 0
         for (x, y), pixels in expected.items():

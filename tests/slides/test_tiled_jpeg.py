@@ -175,15 +175,26 @@ def test_a_stream_of_another_size_is_refused(jpeg_tiff, tmp_path):
             assert caught.value.code == "unreadable"
 
 
-def test_application_segments_do_not_overrule_the_directory(jpeg_tiff, tmp_path):
-    """RGB tiles that carry a JFIF segment, which says YCbCr: the tag decides, as in OpenSlide."""
+SEGMENTS = {
+    "jfif": b"\xff\xe0\x00\x10JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00",
+    "adobe rgb": b"\xff\xee\x00\x0eAdobe\x00d\x00\x00\x00\x00\x00",
+    "adobe ycbcr": b"\xff\xee\x00\x0eAdobe\x00d\x00\x00\x00\x00\x01",
+    "behind a comment": b"\xff\xfe\x00\x04hi\xff\xff\xff\xe0\x00\x10JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00",
+}
+
+
+@pytest.mark.parametrize("ycbcr", [True, False])
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_application_segments_do_not_overrule_the_directory(jpeg_tiff, tmp_path, monkeypatch, name, ycbcr):
+    """Tiles that say another colour space than the tag: the tag decides, as in OpenSlide."""
     original = jpeg_tiff.split
-    jfif = b"\xff\xe0\x00\x10JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00"
-    jpeg_tiff.split = lambda s: (original(s)[0], original(s)[1][:2] + jfif + original(s)[1][2:])
-    try:
-        path = jpeg_tiff.write(tmp_path / "rgb.tif", jpeg_tiff.texture(200, 150), ycbcr=False, subsampling="444")
-    finally:
-        jpeg_tiff.split = original
+
+    def with_segment(stream):
+        tables, image = original(stream)
+        return tables, image[:2] + SEGMENTS[name] + image[2:]
+
+    monkeypatch.setattr(jpeg_tiff, "split", with_segment)
+    path = jpeg_tiff.write(tmp_path / "a.tif", jpeg_tiff.texture(200, 150), ycbcr=ycbcr, subsampling="444")
     with OpenSlideReader(path) as reference, direct(path) as reader:
         np.testing.assert_array_equal(reader.read_level0(0, 0, 200, 150), reference.read_level0(0, 0, 200, 150))
 

@@ -2,6 +2,7 @@ rule tile:
     input:
         slide=slide_file,
         mask=lambda wildcards: mask_file(CONFIG, wildcards.slide) or [],
+        segmenter=CONFIG["tiling"].get("segmenter_weights", []),
     output:
         h5=PATHS.tiles("{slide}").h5,
         qc=PATHS.tiles("{slide}").qc,
@@ -50,7 +51,7 @@ rule encode:
         ],
         code=code_hash("encode"),
     message:
-        "encode {wildcards.job}: slides {params.slides[0]} to {params.slides[-1]}"
+        "encode {wildcards.job}: {params.slides[0]} ..."
     shell:
         "morphome encode --job {wildcards.job} --threads {threads} > {log:q} 2>&1"
 

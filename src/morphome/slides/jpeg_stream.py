@@ -11,7 +11,7 @@ import struct
 
 _SOI, _EOI = b"\xff\xd8", b"\xff\xd9"
 _FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
-_QUANTISATION, _HUFFMAN, _SCAN, _COMMENT, _FILL = 0xDB, 0xC4, 0xDA, 0xFE, 0xFF
+_QUANTISATION, _HUFFMAN, _SCAN, _ADOBE, _COMMENT, _FILL = 0xDB, 0xC4, 0xDA, 0xEE, 0xFE, 0xFF
 
 
 def stream_header(tables: bytes | None, *, ycbcr: bool) -> bytes:
@@ -55,6 +55,9 @@ def tile_stream(header: bytes, data: bytes) -> bytes:
             return kept + data[begin:]
         if marker in _FRAMES and (data[at + 4], data[at + 9]) != (8, 3):
             raise ValueError(f"{data[at + 9]} components of {data[at + 4]} bits, not 3 of 8")
+        if marker == _ADOBE and data[at + 4 : at + 9] == b"Adobe" and length >= 16 and data[at + 15] > 1:
+            # libjpeg warns, and OpenSlide takes every warning for damage.
+            raise ValueError(f"colour transform {data[at + 15]} with 3 components")
         if marker in (_FILL, _COMMENT) or 0xE0 <= marker <= 0xEF:
             kept += data[begin:at]
             begin = at + length

@@ -8,7 +8,13 @@ from morphome.errors import MorphomeError
 from morphome.slides.openslide_reader import OpenSlideReader
 from morphome.slides.parity import compare
 from morphome.slides.reader import ReaderChoice, SlideError, SlideReader
-from morphome.slides.tiff_directory import NotDirectError, is_tiff, lossless_sub_directories, read_directory
+from morphome.slides.tiff_directory import (
+    NotDirectError,
+    description,
+    is_tiff,
+    lossless_sub_directories,
+    read_directory,
+)
 from morphome.slides.tiled_jpeg import TiledJpegReader
 
 READERS = ("auto", "openslide")
@@ -83,6 +89,13 @@ def _with_libvips(path: Path, refusal: SlideError) -> SlideReader:
     from morphome.slides.vips import VipsReader
 
     why = refusal.problem.removeprefix(f"{path}: ")
+    if refusal.code == "unsupported_format" and description(path).startswith("Aperio"):
+        # OpenSlide knows Aperio's files: one that it does not recognise is cut off or damaged.
+        raise SlideError(
+            "unreadable",
+            f"{path}: an Aperio slide whose TIFF directories are damaged or cut off: {why}",
+            "fetch the file again and compare its md5, or take the slide out of the sheet",
+        )
     try:
         return VipsReader(path, f"OpenSlide refuses the file: {why}")
     except SlideError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -115,11 +116,7 @@ class OpenSlideReader:
 
 def _open(path: Path) -> tuple[Path, openslide.OpenSlide]:
     """The opened slide and its file; of a folder, the first file (by name) that opens."""
-    if not path.exists():
-        raise SlideError("missing_file", f"{path}: file not found", "check the path in the sheet")
-    files = sorted(f for f in path.iterdir() if f.is_file() and f.name[0] != ".") if path.is_dir() else [path]
-    if not files:
-        raise SlideError("missing_file", f"{path}: the folder is empty", "check the path in the sheet")
+    files = _files(path)
     first: SlideError | None = None
     for file in files:
         try:
@@ -127,6 +124,30 @@ def _open(path: Path) -> tuple[Path, openslide.OpenSlide]:
         except (openslide.OpenSlideError, OSError) as error:
             first = first or _refusal(file, error)
     raise first
+
+
+def _files(path: Path) -> list[Path]:
+    """The file itself, or all files of a folder by name; nothing that could be waited for without end."""
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode):
+            return [path]
+        files = sorted(f for f in path.iterdir() if f.is_file() and f.name[0] != ".") if stat.S_ISDIR(mode) else []
+    except (FileNotFoundError, NotADirectoryError):
+        raise SlideError("missing_file", f"{path}: file not found", "check the path in the sheet") from None
+    except OSError as error:
+        raise SlideError(
+            "unreadable", f"{path}: {error.strerror}", "check the path in the sheet, the rights and the disk"
+        ) from None
+    if not stat.S_ISDIR(mode):
+        raise SlideError(
+            "unreadable",
+            f"{path}: a pipe, socket or device and not an ordinary file",
+            "copy the slide to a disk and correct the path in the sheet",
+        )
+    if not files:
+        raise SlideError("missing_file", f"{path}: the folder is empty", "check the path in the sheet")
+    return files
 
 
 def _refusal(path: Path, error: Exception) -> SlideError:

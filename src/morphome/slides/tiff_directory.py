@@ -81,6 +81,15 @@ def is_tiff(path: Path) -> bool:
         return False
 
 
+def description(path: Path) -> str:
+    """ImageDescription of the first directory; empty where there is none."""
+    try:
+        with first_page(path) as page:
+            return str(page.description)
+    except (NotDirectError, *TIFF_ERRORS):
+        return ""
+
+
 @contextmanager
 def first_page(path: Path) -> Iterator[tifffile.TiffPage]:
     """The first directory of a TIFF file.
