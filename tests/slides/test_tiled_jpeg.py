@@ -55,7 +55,7 @@ def test_the_same_pixels_as_openslide(jpeg_tiff, tmp_path, data):
             size = data.draw(st.integers(1, 150)), data.draw(st.integers(1, 150))
             expected = reference.read_level0(*place, *size)
             np.testing.assert_array_equal(reader.read_level0(*place, *size), expected)
-            picture = np.asarray(reader.read_image(*place, *size))
+            picture = np.asarray(reader.read_rgbx(*place, *size))
             np.testing.assert_array_equal(picture[..., :3], expected)
 
 
@@ -144,7 +144,7 @@ def test_a_damaged_tile_raises_and_its_neighbours_do_not(jpeg_tiff, tmp_path, da
         content[begin:end] = bytes(end - begin)
         path.write_bytes(content)
     with direct(path) as reader, OpenSlideReader(path) as reference:
-        for read in (reader.read_level0, reference.read_level0, reader.read_half, reader.read_image):
+        for read in (reader.read_level0, reference.read_level0, reader.read_half, reader.read_rgbx):
             with pytest.raises(SlideError) as caught:
                 read(128, 64, 64, 64)
             assert caught.value.code == "unreadable"

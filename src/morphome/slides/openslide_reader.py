@@ -54,10 +54,6 @@ class OpenSlideReader:
         """Region of level 0 as uint8 (height, width, 3)."""
         return np.asarray(self._read(x, y, 0, width, height))
 
-    def read_image(self, x: int, y: int, width: int, height: int) -> Image.Image:
-        """The same as an RGB picture, which a resize takes without a copy."""
-        return self._read(x, y, 0, width, height)
-
     def overview(self, width: int, height: int) -> np.ndarray:
         """The whole slide area-averaged to uint8 (height, width, 3).
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from morphome.slides.box import box_resize, can_box
 from morphome.slides.reader import SlideError, SlideReader
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Block:
 def read_patch(reader: SlideReader, x: int, y: int, shape: PatchShape) -> np.ndarray:
     """One tile with its upper left corner at level-0 ``x``, ``y``: one read, one resize.
 
-    The pixels do not depend on the reader: its shortcuts (``read_mean``, ``read_image``) only save copies.
+    The pixels do not depend on the reader: its shortcuts (``read_mean``, ``read_rgbx``) only save copies.
 
     Returns:
         uint8 (patch_px, patch_px, 3).
@@ -77,13 +78,16 @@ def read_patch(reader: SlideReader, x: int, y: int, shape: PatchShape) -> np.nda
             raise _no_half_decode(reader)
         return resize_patch(reader.read_half(x, y, width, height), patch_px)
     name = resize_name(width, height, patch_px)
-    if name == "none" or not hasattr(reader, "read_image"):
+    if name == "none" or not hasattr(reader, "read_rgbx"):
         return resize_patch(reader.read_level0(x, y, width, height), patch_px)
     if name == "reduce" and width == height and hasattr(reader, "read_mean"):
         patch = reader.read_mean(x, y, width, height, width // patch_px)
         if patch is not None:
             return patch
-    return _resize(reader.read_image(x, y, width, height), name, patch_px)
+    region = reader.read_rgbx(x, y, width, height)
+    if name == "box" and can_box(width, height, patch_px):
+        return box_resize(region, patch_px)
+    return _resize(Image.frombuffer("RGBX", (width, height), region, "raw", "RGBX", 0, 1), name, patch_px)
 
 
 def row_blocks(coords: ArrayLike, max_tiles: int = BLOCK_TILES) -> list[slice]:

@@ -67,10 +67,10 @@ class TiledJpegReader:
         self._use(_RGB, 1)
         return self._region(x, y, width, height, 3)
 
-    def read_image(self, x: int, y: int, width: int, height: int) -> Image.Image:
-        """The same as an RGBX picture: Pillow keeps 4 bytes a pixel, so nothing is copied on the way to a resize."""
+    def read_rgbx(self, x: int, y: int, width: int, height: int) -> np.ndarray:
+        """The same as uint8 (height, width, 4) with a byte of padding: one pixel in 32 bits, as resizing wants it."""
         self._use(_RGBX, 1)
-        return _picture(self._region(x, y, width, height, 4))
+        return self._region(x, y, width, height, 4)
 
     def read_mean(self, x: int, y: int, width: int, height: int, factor: int) -> np.ndarray | None:
         """Exact area mean over ``factor`` x ``factor`` pixels, uint8 (height / factor, width / factor, 3).
@@ -304,11 +304,6 @@ class _TileCache:
     def n_bytes(self) -> int:
         """Bytes of all tiles and of the buffers that wait."""
         return sum(t.nbytes for t in (*self._kept.values(), *self._near.values(), *self._free))
-
-
-def _picture(rgbx: np.ndarray) -> Image.Image:
-    """Pillow's view of a contiguous uint8 (H, W, 4) array; shares its memory."""
-    return Image.frombuffer("RGBX", (rgbx.shape[1], rgbx.shape[0]), rgbx, "raw", "RGBX", 0, 1)
 
 
 def _expect_shape(decoded: np.ndarray, shape: tuple[int, ...]) -> None:
