@@ -9,8 +9,9 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(VENV)/bin/snakemake --cores $(CORES)
 
+# One process per core; a file's tests stay together, as they share what they build.
 test: lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile
 
 lint: $(READY)
 	$(VENV)/bin/ruff check src tests

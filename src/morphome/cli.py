@@ -72,14 +72,16 @@ def check(config: Config = DEFAULT) -> None:
 
 
 @step(START)
-def simulate(config: Config = DEFAULT) -> None:
+def simulate(
+    threads: Annotated[int, typer.Option(min=1, help="Processes that paint slides.")] = 1, config: Config = DEFAULT
+) -> None:
     """Write the planted demo cohort: slides on disk and tables in the GDC's shapes."""
     from morphome.cohort.simulate import run_simulate
 
     run = Run(config)
     if "simulate" not in run.config:
         raise MorphomeError(f"{config}: there is no section 'simulate'", "add it, or skip this step for real data")
-    run_simulate(settings=run.settings("simulate"), folder=run.paths.simulated)
+    run_simulate(settings=run.settings("simulate"), folder=run.paths.simulated, threads=threads)
 
 
 @step(START)

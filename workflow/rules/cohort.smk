@@ -7,6 +7,7 @@ if "simulate" in CONFIG:
             PATHS.log("simulate"),
         conda:
             "../../envs/slides.yaml"
+        threads: 4
         resources:
             mem_mb=2000,
         params:
@@ -15,7 +16,7 @@ if "simulate" in CONFIG:
         message:
             "simulate: the planted cohort"
         shell:
-            "morphome simulate > {log:q} 2>&1"
+            "morphome simulate --threads {threads} > {log:q} 2>&1"
 
 
 rule cohort:

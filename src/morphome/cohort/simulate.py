@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +33,13 @@ MPP_RANGE = (0.2468, 0.2528)
 _QUALITY = 62
 
 
-def run_simulate(*, settings: Mapping[str, Any], folder: Path) -> None:
+def run_simulate(*, settings: Mapping[str, Any], folder: Path, threads: int = 1) -> None:
     """Write the simulated cohort; the same settings give the same bytes.
 
     Args:
         settings: ``{"simulate": {...}}`` with all defaults filled in.
         folder: gets the files that :func:`morphome.cohort.design.design` names.
+        threads: processes that paint slides; the bytes do not depend on it.
 
     Raises:
         MorphomeError: settings that contradict each other.
@@ -45,7 +48,7 @@ def run_simulate(*, settings: Mapping[str, Any], folder: Path) -> None:
     plan, seed = design(simulate), simulate["seed"]
     outcomes = draw_outcomes(len(plan.patients), simulate["scenario"], simulate["censoring"], seed)
     folder = Path(folder)
-    md5 = _write_slides(plan, outcomes, simulate, folder, settings)
+    md5 = _write_slides(plan, outcomes, simulate, folder, settings, threads)
     md5 |= _write_molecular(plan, outcomes, simulate, folder)
     write_text(gdc_tables.clinical_tsv(plan, outcomes, seed), folder / "clinical.tsv")
     write_text(gdc_tables.sample_sheet_tsv(plan, md5), folder / "sample_sheet.tsv")
@@ -61,34 +64,55 @@ def aggressive_share(z1: np.ndarray) -> np.ndarray:
 
 
 def _write_slides(
-    plan: Design, outcomes: Outcomes, simulate: Mapping[str, Any], folder: Path, settings: Mapping[str, Any]
+    plan: Design,
+    outcomes: Outcomes,
+    simulate: Mapping[str, Any],
+    folder: Path,
+    settings: Mapping[str, Any],
+    threads: int,
 ) -> dict[str, str]:
     """Paint and write all slides, hospital by hospital; md5 by relative path."""
-    seed = simulate["seed"]
     share = dict(zip(plan.patients, aggressive_share(outcomes.z1).tolist(), strict=True))
-    numbers = {slide.slide_id: number for number, slide in enumerate(plan.slides)}
     sites = sorted(set(plan.sites.values()))
+    work = [(plan, number, site, share, dict(simulate), folder) for number, site in enumerate(sites)]
     truth, md5 = [], {}
-    with tqdm(total=len(plan.slides), desc="slides", disable=None) as progress:
-        for number, site in enumerate(sites):
-            mine = [slide for slide in plan.slides if plan.sites[slide.patient_id] == site]
-            rng = np.random.default_rng([seed, 6, number])
-            # Hospitals scan with different scanners: their pixels differ by up to 2.4 % in size.
-            mpp = round(float(np.interp(number, (0, len(sites) - 1), MPP_RANGE)), 4)
-            stain, maps = draw_stain(rng), textures(rng, mpp)
-            for slide in mine:
-                rng = np.random.default_rng([seed, 7, numbers[slide.slide_id]])
-                tiles = int(rng.integers(simulate["tiles_min"], simulate["tiles_max"] + 1))
-                layout = draw_layout(rng, tiles, mpp, share[slide.patient_id])
-                path = folder / "slides" / slide.file_name
-                _write_slide(rng, slide, layout, maps, stain, mpp, path)
-                md5[f"slides/{slide.file_name}"] = hashlib.md5(path.read_bytes()).hexdigest()
-                truth.append(_slide_truth(slide, layout, mpp, tiles, share[slide.patient_id]))
-                progress.update()
+    with tqdm(total=len(plan.slides), desc="slides", disable=None) as progress, _pool(threads) as pool:
+        for rows, sums in (pool.map if pool else map)(_write_site, *zip(*work, strict=True)):
+            truth += rows
+            md5 |= sums
+            progress.update(len(rows))
     table = pd.DataFrame(truth).sort_values("slide_id")
     extra = {"classes": list(CLASSES), "block_px": BLOCK_PX}
     write_parquet(table, folder / "slide_truth.parquet", "morphome.slide_truth", settings, extra)
     return md5
+
+
+def _pool(threads: int) -> AbstractContextManager[ProcessPoolExecutor | None]:
+    """Processes beside this one; none for one thread."""
+    return ProcessPoolExecutor(threads) if threads > 1 else nullcontext()
+
+
+def _write_site(
+    plan: Design, number: int, site: str, share: Mapping[str, float], simulate: Mapping[str, Any], folder: Path
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Slides of one hospital, from random numbers of their own: their truth, and md5 by relative path."""
+    seed = simulate["seed"]
+    rng = np.random.default_rng([seed, 6, number])
+    # Hospitals scan with different scanners: their pixels differ by up to 2.4 % in size.
+    mpp = round(float(np.interp(number, (0, len(set(plan.sites.values())) - 1), MPP_RANGE)), 4)
+    stain, maps = draw_stain(rng), textures(rng, mpp)
+    truth, md5 = [], {}
+    for at, slide in enumerate(plan.slides):
+        if plan.sites[slide.patient_id] != site:
+            continue
+        rng = np.random.default_rng([seed, 7, at])
+        tiles = int(rng.integers(simulate["tiles_min"], simulate["tiles_max"] + 1))
+        layout = draw_layout(rng, tiles, mpp, share[slide.patient_id])
+        path = folder / "slides" / slide.file_name
+        _write_slide(rng, slide, layout, maps, stain, mpp, path)
+        md5[f"slides/{slide.file_name}"] = hashlib.md5(path.read_bytes()).hexdigest()
+        truth.append(_slide_truth(slide, layout, mpp, tiles, share[slide.patient_id]))
+    return truth, md5
 
 
 def _write_slide(
