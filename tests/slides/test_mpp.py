@@ -84,6 +84,23 @@ def test_sources_agree_within_two_per_cent(synthetic, other, code):
     assert list(audit.all_sources) == ["openslide", "aperio"]
 
 
+@pytest.mark.parametrize(
+    ("dpi", "flags", "code"),
+    [(72, ["screen_resolution"], ""), (96, ["screen_resolution"], ""), (300, [], "conflicting_mpp")],
+)
+def test_a_screens_resolution_is_no_word_against_a_scanners(synthetic, dpi, flags, code):
+    known = {
+        **mpp(0.25, power=40),
+        "tiff.XResolution": str(dpi),
+        "tiff.YResolution": str(dpi),
+        "tiff.ResolutionUnit": "inch",
+    }
+    audit = judge(synthetic, known)
+    assert (audit.reason_code, audit.mpp_x) == (code, 0.25)
+    assert not code or audit.verdict == "quarantine"
+    assert code or audit.flags == flags
+
+
 def test_an_override_wins_over_every_source(synthetic):
     audit = judge(synthetic, mpp(0.00499, **{"aperio.MPP": 3}), mpp_overrides={"S": 0.499, "T": 0.1})
     assert (audit.verdict, audit.mpp_source, audit.mpp_x) == ("flag", "override", 0.499)

@@ -51,6 +51,7 @@ FLAGS = {
     "no_power": "no objective power to compare with",
     "anisotropic": "pixels not quite square (1 to 5 % apart)",
     "upsampled": "scanned coarser than asked, tiles enlarged",
+    "screen_resolution": "the resolution tag says 72 or 96 dpi, which is no scanner's; not used",
     "level_sizes": "sizes of the pyramid's levels do not fit their factors",
     "assumed_from_power": "microns per pixel assumed from the objective power",
     "assumed_for_cohort": "microns per pixel set by hand for all slides that do not say theirs",

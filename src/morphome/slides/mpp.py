@@ -24,6 +24,8 @@ PLAUSIBLE_MPP = (0.1, 1.2)
 SOURCES_AGREE = 0.02
 #: Range of mpp x power / 10 that is no conflict.
 POWER_RATIO = (0.85, 1.15)
+#: Resolution tags that programs write when they know none: no word against a source that is meant.
+SCREEN_DPI = (72, 96)
 ANISOTROPY_FLAG, ANISOTROPY_REFUSE = 0.01, 0.05
 #: Level 0 may be coarser than asked by this factor.
 COARSER = 1.05
@@ -229,6 +231,9 @@ def _set_sides(audit: MppAudit, name: str, patch: int, half: bool) -> None:
 
 def _check_agreement(audit: MppAudit, name: str, correct: str) -> None:
     for other, (x, y) in audit.all_sources.items():
+        if other == "tiff_resolution" and any(x == y == _UNIT_UM["inch"] / dpi for dpi in SCREEN_DPI):
+            audit.flags.append("screen_resolution")
+            continue
         factor = max(x / audit.mpp_x, audit.mpp_x / x, y / audit.mpp_y, audit.mpp_y / y) if min(x, y) > 0 else math.inf
         if factor - 1 > SOURCES_AGREE:
             raise SlideError(
