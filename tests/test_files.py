@@ -9,7 +9,16 @@ import pandas as pd
 import pytest
 
 from morphome.errors import MorphomeError
-from morphome.files import atomic_path, parquet_meta, read_json, read_parquet, settings_hash, write_json, write_parquet
+from morphome.files import (
+    atomic_path,
+    file_sample,
+    parquet_meta,
+    read_json,
+    read_parquet,
+    settings_hash,
+    write_json,
+    write_parquet,
+)
 from morphome.steps import require_made_by
 
 
@@ -69,3 +78,24 @@ def test_json_has_no_nan_and_a_future_version_is_refused(tmp_path):
     path.write_text(json.dumps(content))
     with pytest.raises(MorphomeError, match="newer than this morphome"):
         read_json(path, "morphome.test")
+
+
+@pytest.mark.parametrize("at", [0, 1_500_000, 3_000_000, 4_999_999])
+def test_a_sample_of_a_file_sees_a_change_of_a_piece_of_it(tmp_path, at):
+    """A megabyte of another middle, under the same size."""
+    path = tmp_path / "slide.svs"
+    content = np.random.default_rng(0).integers(0, 256, 5_000_000, np.uint8)
+    path.write_bytes(content.tobytes())
+    before = file_sample(path)
+    assert before.endswith(":5000000")
+    assert file_sample(path) == before
+    content[at : at + 1_000_000] ^= 255
+    path.write_bytes(content.tobytes())
+    assert file_sample(path) != before
+
+
+@pytest.mark.parametrize("size", [0, 1, 32_768, 1 << 20, (1 << 20) + 1])
+def test_a_sample_of_a_small_file(tmp_path, size):
+    path = tmp_path / "small"
+    path.write_bytes(b"x" * size)
+    assert file_sample(path).endswith(f":{size}")

@@ -98,6 +98,9 @@ def test_the_closure_follows_imports_and_stays_in_its_rooms():
     report = {path.parent.name for path in _closure("morphome.report.build")}
     assert "templates" in report
     assert not report & {"models", "training"}
+    # The list of encoders counts where it is read.
+    assert "encoders.yaml" in {path.name for path in _closure("morphome.features.encode")}
+    assert "encoders.yaml" not in {path.name for path in _closure("morphome.training.run")}
 
 
 def test_the_resolved_configuration_is_written_once_under_its_hash(config, tmp_path):

@@ -135,7 +135,7 @@ def tile(slide: Slide, path: Annotated[Path, typer.Option(help="The slide file."
 def encode(
     slides: Annotated[list[str] | None, typer.Argument(help="slide_id of each slide; all when none is given.")] = None,
     job: Annotated[int | None, typer.Option(help="Number of a group of slides.per_job slides, from 1.")] = None,
-    threads: Annotated[int, typer.Option(help="CPU threads: for reading tiles, and for the encoder.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads: for reading tiles, and for the encoder.")] = 1,
     config: Config = DEFAULT,
 ) -> None:
     """Features of the tiles of slides, one HDF5 file a slide. Slides that are done and unchanged are passed over."""

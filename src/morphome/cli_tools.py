@@ -21,6 +21,7 @@ bench = typer.Typer(help="Speed on this machine, against the usual way of doing 
 Keys = Annotated[list[str] | None, typer.Argument(help="Encoder keys; that of the configuration when none is given.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Interleaved rounds; medians are reported.")]
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
+Tiles = Annotated[int, typer.Option(min=1, help="Tiles of a round.")]
 Dataset = Annotated[
     str | None, typer.Option(help="Which features to take of files that hold those of several encoders.")
 ]
@@ -64,7 +65,7 @@ def prefetch_encoders(
     revision: Annotated[str, typer.Option(help="Commit, tag or branch instead of the registry's.")] = "",
     config: Config = DEFAULT,
 ) -> None:
-    """Fetch weights ahead of a run; gated ones need the account's token (HF_TOKEN, or huggingface-cli login)."""
+    """Fetch weights ahead of a run; gated ones need the account's token (HF_TOKEN, or hf auth login)."""
     from morphome.features.prefetch import prefetch
 
     chosen, _ = _chosen(keys, config)
@@ -127,7 +128,7 @@ def verify(
 
 
 @_register(bench, "read")
-def bench_read(slide: Path, rounds: Rounds = 5, tiles: int = 200, threads: Threads = 1) -> None:
+def bench_read(slide: Path, rounds: Rounds = 5, tiles: Tiles = 200, threads: Threads = 1) -> None:
     """Tiles per second and core out of a slide, against OpenSlide and PIL."""
     from morphome.bench.read import bench_read
 
@@ -140,7 +141,7 @@ def bench_encode(
     encoder: Annotated[str, typer.Option(help="Encoder key; random weights unless --weights.")] = "resnet50_trunc",
     weights: Annotated[Path | None, typer.Option(help="Weights file or folder.")] = None,
     rounds: Rounds = 3,
-    tiles: int = 64,
+    tiles: Tiles = 64,
     threads: Threads = 1,
 ) -> None:
     """Tiles per second through an encoder, against a plain fp32 loop."""
@@ -153,8 +154,8 @@ def bench_encode(
 @_register(bench, "store")
 def bench_store(
     folder: Annotated[Path, typer.Argument(help="Folder on the disk to measure; files are removed again.")] = Path(),
-    tiles: int = 10_000,
-    dim: int = 1024,
+    tiles: Tiles = 10_000,
+    dim: Annotated[int, typer.Option(min=1, help="Values of a vector.")] = 1024,
     rounds: Rounds = 5,
 ) -> None:
     """Writing and reading a bag of features, against the chunked layouts of other tools."""

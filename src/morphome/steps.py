@@ -127,7 +127,7 @@ def write_resolved(config: Mapping[str, Any]) -> Path:
 
 @functools.cache
 def code_hash(step: str) -> str:
-    """Hash of every module of morphome that the step's module imports, directly or not, and their data files.
+    """Hash of every module of morphome that the step's module imports, directly or not, and the data files they name.
 
     Snakemake does not notice edits of a package; as a parameter of the rule this repeats what they touch.
     """
@@ -149,15 +149,22 @@ def _closure(module: str) -> set[Path]:
         seen[name] = path
         waiting += _imports(path)
     files = set(seen.values())
-    for folder in {path.parent for path in files if path.name != "__init__.py"} - {PACKAGE}:
-        files |= {p for sub in ("templates", "data") for p in (folder / sub).glob("*") if p.is_file()}
+    for module_file in [path for path in files if path.name != "__init__.py" and path.parent != PACKAGE]:
+        files |= {p for p in (module_file.parent / "templates").glob("*") if p.is_file()}
+        # Training reads features, but not the list of encoders beside the module that does.
+        files |= {p for p in (module_file.parent / "data").glob("*") if f'"{p.name}"' in _text(module_file)}
     return files
+
+
+@functools.cache
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
 
 
 @functools.cache
 def _imports(path: Path) -> list[str]:
     names = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(_text(path))):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:

@@ -77,12 +77,14 @@ def molecular_files(config: Mapping[str, Any]) -> list[Path]:
 
 
 def external_feature_files(config: Mapping[str, Any]) -> list[Path]:
-    """The files of ``features.path`` with ``features.source: external``; empty otherwise."""
-    if config["features"]["source"] != "external":
+    """The files of ``features.path``, and of ``features.mpp``, with ``features.source: external``; empty otherwise."""
+    features = config["features"]
+    if features["source"] != "external":
         return []
     from morphome.features.bag_files import input_files
 
-    return input_files(Path(config["features"]["path"]))
+    mpp = Path(str(features.get("mpp", "")))
+    return [*input_files(Path(features["path"])), *([mpp] if mpp.is_file() else [])]
 
 
 def split_files(config: Mapping[str, Any]) -> list[Path]:

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from morphome.bench import encode
 from morphome.bench.encode import bench_encode, least_cosine, random_network
@@ -17,7 +18,8 @@ from morphome.features.registry import encoder_spec
 def test_every_way_gives_the_vectors_of_the_usual_loop(synthetic, painted, tmp_path, monkeypatch):
     monkeypatch.setattr(encode, "runtimes", lambda: ["torch"])  # compiling for OpenVINO takes seconds
     slide = synthetic.write_tiff(tmp_path / "slide.tif", painted)
-    found = json.loads(json.dumps(bench_encode(slide, "tiny_random", rounds=1, tiles=5)))
+    found = json.loads(json.dumps(bench_encode(slide, "tiny_random", rounds=1, tiles=5, threads=2)))
+    assert torch.get_num_threads() == found["threads"] == 2
     assert (found["n_tiles"], found["patch_px"], found["weights"]) == (5, 64, "random numbers")
     rows = {(row["runtime"], row["precision"]): row for row in found["rows"]}
     assert {("torch", "bf16"), ("torch", "fp32")} == set(rows)
@@ -28,8 +30,6 @@ def test_every_way_gives_the_vectors_of_the_usual_loop(synthetic, painted, tmp_p
 
 
 def test_random_networks_are_the_same_each_time_and_leave_the_generator_alone():
-    import torch
-
     spec = encoder_spec("resnet50_trunc")
     torch.manual_seed(3)
     expected = torch.rand(1)

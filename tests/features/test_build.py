@@ -20,8 +20,8 @@ from morphome.features.architectures import ConvStem, CTransPath, TruncatedResNe
 from morphome.features.build import build_model, timm_network
 from morphome.features.encoders import load_encoder
 from morphome.features.registry import ENCODERS, EncoderSpec, encoder_spec, with_variant
-from morphome.features.state_dicts import read_state_dict
 from morphome.features.torch_encoder import TorchEncoder
+from morphome.state_dict import read_state_dict
 from morphome.vision import ensure_torchvision
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

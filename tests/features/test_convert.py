@@ -159,6 +159,14 @@ def test_a_packed_file_becomes_one_file_a_slide(peers, tmp_path):
         convert_features(path, "trident", tmp_path / "t")
 
 
+@pytest.mark.parametrize("name", ["../b", "/tmp/b", "..", ""])
+def test_a_packed_file_names_no_place_outside_the_folder(peers, tmp_path, name):
+    path = peers.packed(tmp_path / "bags.h5", slides=("a", name, "c"))
+    with pytest.raises(MorphomeError, match="cannot be used as a file name"):
+        convert_features(path, "npy", tmp_path / "out" / "deep")
+    assert [p.name for p in tmp_path.rglob("*")] == ["bags.h5"]
+
+
 def test_wsidata_stores_are_converted(peers, tmp_path):
     pytest.importorskip("zarr")
     path = peers.wsidata(tmp_path / "in", models=("uni", "conch"), shuffle=False)

@@ -242,6 +242,22 @@ def test_the_direct_reader_gives_the_bytes_of_openslide(encode, svs, job, synthe
         np.testing.assert_array_equal(values, data[name])
 
 
+def test_the_reader_that_the_tile_step_fell_back_to_is_kept(job, svs, synthetic):
+    one = job(svs)
+
+    def run():
+        (record,) = run_encode(jobs=[one], features=synthetic.FEATURES, code=CODE)
+        return record["skipped"], {k: contents(one.h5_out)[1]["file"][k] for k in ("reader", "reader_reason")}
+
+    assert run() == (False, {"reader": "tiled_jpeg", "reader_reason": ""})
+    assert run()[0]
+    found = {"reader": "openslide", "reader_reason": "the tile at (0, 0) differs"}
+    with h5py.File(one.tiles_h5, "r+") as handle:
+        handle.attrs.update(found)
+    assert run() == (False, found)
+    assert run() == (True, found)
+
+
 def test_another_file_than_the_tiled_one_is_refused(encode, slide, synthetic, tmp_path):
     other = synthetic.write_tiff(tmp_path / "other.tif", synthetic.paint(seed=5))
     attrs = encode(other, tiled=slide)[1]
@@ -333,6 +349,9 @@ def test_done_slides_are_passed_over_and_changed_ones_are_not(job, synthetic, sl
         handle["coords"] = coords
         handle["coords"].attrs.update(attrs)
     assert run()["n_tiles"] == first["n_tiles"] - 1
+    with h5py.File(tmp_path / "f" / "S.h5", "r+") as handle:
+        handle.attrs["n_tiles_failed"] = 1
+    assert [run()["skipped"] for _ in range(2)] == [False, True], "tiles that could not be read are tried again"
     synthetic.write_tiff(slide, synthetic.paint(seed=5))
     assert (run()["reason_code"], run()["skipped"]) == ("slide_changed", False), "a failed slide is tried again"
     tiles.unlink()

@@ -163,6 +163,14 @@ def test_prefetch_takes_the_revision_asked_for_and_replaces(hub, root):
     assert (folder / "pytorch_model.bin").read_bytes() == BODY
 
 
+def test_prefetch_keeps_nothing_of_an_interrupted_fetch_of_something_else(hub, root):
+    Hub.repositories["MahmoodLab/UNI"] = {"model.safetensors": BODY}
+    (root / ".uni.part").mkdir(parents=True)
+    (root / ".uni.part" / "pytorch_model.bin").write_bytes(b"of another revision, and the first alternative")
+    folder = prefetch("uni", say=str)
+    assert [path.name for path in sorted(folder.iterdir())] == ["model.safetensors", "weights.json"]
+
+
 def test_prefetch_says_where_to_accept_a_licence(hub, root):
     Hub.repositories["MahmoodLab/UNI"] = {"pytorch_model.bin": BODY}
     Hub.gated = {"MahmoodLab/UNI"}
@@ -212,6 +220,17 @@ def test_prefetch_from_an_address_goes_on_where_it_stopped(hub, root, change):
     assert Hub.seen[-1] == ("GET", "/file.pth", "bytes=1000-")
     assert [path.name for path in sorted(folder.iterdir())] == ["resnet50-0676ba61.pth", "weights.json"]
     assert weights_id({"encoder": "resnet50_trunc"}) == SHA256
+
+
+def test_a_wrong_file_from_an_address_is_fetched_anew(hub, root, change):
+    change("resnet50_trunc", source=f"{hub}/file.pth", weights_sha256=("0" * 64,))
+    for _ in range(2):
+        Hub.seen.clear()
+        with pytest.raises(MorphomeError, match="have 0000"):
+            prefetch("resnet50_trunc", say=str)
+        assert [method for method, *_ in Hub.seen] == ["GET"]
+    change("resnet50_trunc", source=f"{hub}/file.pth", weights_sha256=(SHA256,))
+    assert prefetch("resnet50_trunc", say=str) == root / "resnet50_trunc"
 
 
 def test_nothing_to_fetch_is_said():

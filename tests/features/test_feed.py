@@ -10,7 +10,7 @@ import pytest
 
 from morphome.features import feed as module
 from morphome.features.feed import SlideWork, TileFeed
-from morphome.files import file_head
+from morphome.files import file_sample
 from morphome.slides import patches
 from morphome.slides.patches import PatchShape
 from morphome.slides.quality import sharpness
@@ -73,7 +73,7 @@ def works(tmp_path, monkeypatch, log):
             path.write_text(str(number))
             y, x = np.divmod(np.arange(n_tiles), 10)
             coords = np.stack([x, y], 1).astype(np.int32) * 8
-            made.append(SlideWork(str(number), path, coords, SHAPE, "auto", file_head(path)))
+            made.append(SlideWork(str(number), path, coords, SHAPE, "auto", file_sample(path)))
         return made
 
     return make

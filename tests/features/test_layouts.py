@@ -14,6 +14,7 @@ from morphome.errors import MorphomeError
 from morphome.features.bag import BagError, check_finite, grid_step, to_half
 from morphome.features.bag_files import find_bags, input_files
 from morphome.features.layouts import content_key, inspect_bag, read_bag
+from morphome.workflow import external_feature_files
 
 #: Name of the writer in peer_files, with arguments; then producer, encoder, layout, dtype, unit, mpp known.
 FILES = {
@@ -275,13 +276,16 @@ def test_other_files_are_not_followed(peers, tmp_path):
     (tmp_path / "secret.bin").write_bytes(bytes(96))
     layout = h5py.VirtualLayout((12, 8), np.float32)
     layout[:] = h5py.VirtualSource(tmp_path / "b.h5", "features", (12, 8))
-    for way in ("external", "virtual", "link"):
+    for way in ("coords", "external", "virtual", "link"):
         with h5py.File(tmp_path / "a.h5", "w") as handle, h5py.File(tmp_path / "b.h5", "w") as other:
             other["features"] = peers.features()
             if way == "external":
                 handle.create_dataset("features", (12, 8), np.uint8, external=[(tmp_path / "secret.bin", 0, 96)])
             elif way == "virtual":
                 handle.create_virtual_dataset("features", layout)
+            elif way == "coords":
+                handle["features"] = peers.features()
+                handle.create_dataset("coords", (12, 2), np.int32, external=[(tmp_path / "secret.bin", 0, 96)])
             else:
                 handle["features"] = h5py.ExternalLink("b.h5", "features")
         with pytest.raises(BagError) as caught:
@@ -394,3 +398,13 @@ def test_small_helpers():
     assert to_half(np.array([[65504.0]])).dtype == np.float16
     with pytest.raises(BagError, match="65,504"):
         to_half(np.array([[-70000.0]]))
+
+
+def test_an_audit_that_gives_the_resolution_is_read_anew_when_it_changes(peers, tmp_path):
+    bag, audit = peers.ours(tmp_path / "bags"), tmp_path / "audit.parquet"
+    audit.touch()
+    features = {"source": "external", "path": str(bag.parent)}
+    assert external_feature_files({"features": {**features, "mpp": str(audit)}}) == [bag, audit]
+    assert external_feature_files({"features": {**features, "mpp": 0.25}}) == [bag]
+    assert external_feature_files({"features": features}) == [bag]
+    assert external_feature_files({"features": {**features, "source": "encode"}}) == []

@@ -164,6 +164,13 @@ def test_a_damaged_sidecar_or_a_folder_that_is_read_only_costs_time_only(root, m
     assert not (root / "checksums.json").exists()
 
 
+def test_a_folder_that_cannot_even_be_made_costs_time_only(tmp_path, monkeypatch):
+    path = put(tmp_path / "mine.pth")
+    put(tmp_path / "file")
+    monkeypatch.setenv("MORPHOME_WEIGHTS", str(tmp_path / "file" / "below"))
+    assert weights.checksum(path) == SHA256
+
+
 def test_a_file_that_is_not_what_was_fetched_is_refused(root):
     path = put(root / "uni" / "pytorch_model.bin")
     record = {"files": {"pytorch_model.bin": {"sha256": "a" * 64}}}

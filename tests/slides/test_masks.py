@@ -166,6 +166,13 @@ def test_broken_rings_are_mended_and_what_is_outside_is_cut(read):
     np.testing.assert_array_equal(read(beyond), box(0, 0, 15, 60))
 
 
+@pytest.mark.parametrize("properties", ['"text"', "[1]", "null"])
+def test_properties_that_are_no_object_say_nothing(read, properties):
+    geometry = '{"type": "Polygon", "coordinates": [[[0, 0], [150, 0], [150, 150], [0, 150]]]}'
+    content = f'{{"type": "Feature", "properties": {properties}, "geometry": {geometry}}}'
+    np.testing.assert_array_equal(read(content), read(geometry))
+
+
 BROKEN = {
     "": "not valid JSON",
     "<html>": "not valid JSON",

@@ -76,8 +76,8 @@ def test_other_weights_are_refused_and_named(network, tmp_path):
     with pytest.raises(MorphomeError) as caught:
         HestDeepLabV3(path)
     wanted = len([name for name in network.state_dict() if not name.startswith("aux_classifier")])
-    for words in (f"{wanted - 1} missing, such as backbone.bn1.bias", "1 unknown, such as head.bias",
-                  "1 of another shape, such as classifier.4.weight", "other.pt"):  # fmt: skip
+    for words in (f"{wanted - 1} missing: backbone.bn1.bias", "1 not known: head.bias",
+                  "1 of another shape: classifier.4.weight is (21, 256, 1, 1), not", "other.pt"):  # fmt: skip
         assert words in str(caught.value)
 
 

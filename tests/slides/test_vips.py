@@ -152,6 +152,14 @@ def test_threads_have_readers_of_their_own(image, tmp_path):
         assert reader.read_level0(0, 0, 8, 8).shape == (8, 8, 3)
 
 
+def test_a_closed_reader_still_gives_another(image, tmp_path):
+    reader = open_slide(ome(tmp_path / "slide.ome.tiff", image))
+    reader.close()
+    with reader.another() as mine:
+        assert (mine.choice, mine.facts) == (reader.choice, reader.facts)
+        np.testing.assert_array_equal(mine.read_level0(8, 8, 100, 100), image[8:108, 8:108])
+
+
 def test_libvips_is_loaded_only_when_it_is_needed(loaded_by):
     assert "pyvips" not in loaded_by("morphome.slides.open")
 

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +114,30 @@ def test_a_changed_slide_redoes_its_own_chain_and_what_depends_on_it(unchanged):
     finally:
         changed.write_bytes(content)
         os.utime(changed, ns=(kept.st_atime_ns, kept.st_mtime_ns))
+
+
+def test_a_corrected_mask_redoes_its_slide_alone(unchanged):
+    """Slides share an encode job; those that did not change are passed over, and one that failed is tried again."""
+    root = results(unchanged)
+    audit = pd.read_parquet(next(root.glob("features/*/audit.parquet")))
+    failed = set(audit["slide_id"][audit["status"] == "failed"])
+    outline = min(root.glob("tiles/*/*.geojson"), key=lambda path: (path.stat().st_size < 1000, path.name))
+    masks = unchanged.folder / "masks"
+    masks.mkdir()
+    (masks / outline.name).write_text(outline.read_text())
+    before = {path: path.stat().st_mtime_ns for path in root.glob("features/*/*.h5")}
+    unchanged.configure(tiling={"masks": "masks"})
+    try:
+        done = unchanged.snakemake("--configfile", "small.yaml", "--until", "collect")
+        assert done.returncode == 0, done.stdout[-4000:]
+        again = {path.stem for path, time in before.items() if path.stat().st_mtime_ns != time}
+        assert again - failed == {outline.stem}
+        qc = json.loads((outline.with_suffix(".json")).read_text())
+        assert qc["mask_source"] == "geojson"
+    finally:
+        shutil.rmtree(masks)
+        unchanged.configure()
+        assert unchanged.snakemake("--configfile", "small.yaml").returncode == 0
 
 
 def test_a_step_runs_by_hand_and_refuses_a_file_of_other_settings(unchanged):

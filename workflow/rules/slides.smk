@@ -42,7 +42,8 @@ rule encode:
     conda:
         "../../envs/slides.yaml"
     resources:
-        mem_mb=4000,
+        # Each thread keeps rows of decoded tiles; a retry after an out-of-memory kill asks for more.
+        mem_mb=lambda wildcards, threads, attempt: (4000 + 500 * threads) * attempt,
     params:
         slides=slides_of_job,
         key=lambda wildcards: [

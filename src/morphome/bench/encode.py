@@ -69,7 +69,10 @@ def bench_encode(
     kinds = [(runtime, precision) for runtime in runtimes() for precision in ("bf16", "fp32")]
     ways: dict[str, Callable[[], np.ndarray]] = {"peer": lambda: usual(pixels)}
     for runtime, precision in kinds:
-        ours = TorchEncoder(spec, copy.deepcopy(model), device="cpu", precision=precision, runtime=runtime, threads=1)
+        # The last of them sets the threads of torch for the peer as well.
+        ours = TorchEncoder(
+            spec, copy.deepcopy(model), device="cpu", precision=precision, runtime=runtime, threads=threads
+        )
         ways[f"{runtime} {precision}"] = lambda ours=ours: ours.encode(pixels)
     vectors = {name: way() for name, way in ways.items()}
     measured = interleaved(rounds, ways)

@@ -100,7 +100,7 @@ def _reader(path: Path, picked: np.ndarray | None = None) -> Callable[[], np.nda
             offset = data.id.get_offset()
             if picked is None:
                 return data[()].astype(np.float32, copy=False)
-            if offset is not None:  # a contiguous piece needs no HDF5 to pick rows, see BagStore.cache
+            if offset is not None:  # a contiguous piece needs no HDF5 to pick rows
                 return np.memmap(path, data.dtype, "r", offset, data.shape)[picked].astype(np.float32)
             return data[picked]
 

@@ -16,7 +16,8 @@ from morphome.features.architectures import CTransPath, TruncatedResNet50, relat
 from morphome.features.fit import requirement_problems
 from morphome.features.poolings import CALLS, TOKEN_POOLINGS, gap
 from morphome.features.registry import EncoderSpec
-from morphome.features.state_dicts import CONVERSIONS, drop, load_strictly, read_state_dict
+from morphome.features.state_dicts import CONVERSIONS, drop, load_strictly
+from morphome.state_dict import read_state_dict
 from morphome.vision import ensure_torchvision
 
 _RANDOM_SCALE = 0.02

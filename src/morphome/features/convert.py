@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from morphome.cohort.slide_sheet import few_names
+from morphome.cohort.slide_sheet import check_slide_id, few_names
 from morphome.errors import MorphomeError
 from morphome.features.bag import BagError, OpenBag, check_bag
 from morphome.features.bag_files import bag_slide_id, find_bags
@@ -112,6 +112,8 @@ def _openers(
         raise MorphomeError(f"{source}: file not found", "check the path")
     if source.is_file() and is_packed(source):
         with open_packed(source) as packed:
+            for slide in packed.bounds:  # the file says them, and they become names of files
+                check_slide_id(slide, str(source))
             yield {slide: partial(nullcontext, packed.bag(slide)) for slide in packed.bounds}, {source.resolve()}
         return
     single = source.is_file() or source.suffix == ".zarr"

@@ -150,9 +150,7 @@ def _encode_slide(
     """Encode a slide, write its two files and give its record; ``number`` is its place in the feed, if it has one."""
     started, waited = time.perf_counter(), feed.seconds_wait
     encoded, status, choice = Encoded.none(plan.spec.dim), dict(plan.status), None
-    how = (
-        how_run(encoder, features["batch"]) if encoder else dict.fromkeys(("device", "runtime", "arithmetic", "batch"))
-    )
+    how = how_run(encoder, features["batch"])
     if number is not None:
         try:
             encoded = _encode_tiles(plan, encoder, feed, number, how["batch"])

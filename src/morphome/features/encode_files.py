@@ -15,7 +15,7 @@ from morphome.errors import MorphomeError
 from morphome.features.feed import SlideWork
 from morphome.features.registry import EncoderSpec, encoder_spec, fingerprint_sha256, precision_of
 from morphome.features.weights import weights_id
-from morphome.files import atomic_h5, check_stamp, file_head, read_json, settings_hash, stamp
+from morphome.files import atomic_h5, check_stamp, file_sample, read_json, settings_hash, stamp
 from morphome.slides.openslide_reader import OpenSlideReader
 from morphome.slides.patches import PatchShape
 from morphome.slides.reader import ReaderChoice
@@ -51,7 +51,8 @@ class Planned:
     Attributes:
         coords: int32 (N, 2), tiles that were planned, and what the tile step wrote beside them.
         status: ``status``, ``reason_code`` and ``reason`` of the tile step.
-        work: the tiles to read; None where there are none.
+        work: the tiles to read; None where there are none. Where the tile step took OpenSlide, perhaps because a
+            tile showed other pixels, this step takes it too.
         tiles_key: hash of the planned tiles and of the tissue mask behind them.
     """
 
@@ -103,9 +104,9 @@ def read_tiles(job: EncodeJob, features: Mapping[str, Any], code: str) -> Planne
     status = {name: str(attrs[name]) for name in ("status", "reason_code", "reason")}
     work = None
     if status["status"] == "ok" and len(coords):
+        reader = "openslide" if attrs.get("reader") == "openslide" else job.settings["slides"]["reader"]
         work = SlideWork(
-            job.slide_id, Path(job.slide_path), coords, shape, job.settings["slides"]["reader"],
-            str(attrs["slide_sha256_head"]),
+            job.slide_id, Path(job.slide_path), coords, shape, reader, str(attrs["slide_sha256_head"])
         )  # fmt: skip
     tiles_key = hashlib.sha256(np.ascontiguousarray(coords).tobytes() + str(coords_attrs["mask_sha256"]).encode())
     return Planned(
@@ -117,7 +118,8 @@ def read_tiles(job: EncodeJob, features: Mapping[str, Any], code: str) -> Planne
 def finished(plan: Planned) -> dict[str, Any] | None:
     """The record of a slide whose files are there and belong to these tiles, settings and code; else None.
 
-    A slide that failed is tried again: its file may have been fetched anew, or a disk have come back.
+    A slide that failed, or of which tiles could not be read, is tried again: its file may have been fetched anew, or
+    a disk have come back.
     """
     job = plan.job
     try:
@@ -129,10 +131,13 @@ def finished(plan: Planned) -> dict[str, Any] | None:
         asked = {
             "slide_id": job.slide_id,
             "status": "ok",
+            "n_tiles_failed": 0,
             "code": plan.code,
             "tiles_key": plan.tiles_key,
             "slide_sha256_head": _head_now(Path(job.slide_path)),
         }
+        if plan.work is not None and plan.work.reader == "openslide":
+            asked["reader"] = "openslide"
         if fingerprint != plan.fingerprint or any(attrs.get(name) != value for name, value in asked.items()):
             return None
     except (OSError, KeyError, MorphomeError):
@@ -143,9 +148,9 @@ def finished(plan: Planned) -> dict[str, Any] | None:
 
 def _head_now(path: Path) -> str:
     if not path.is_dir():
-        return file_head(path)
+        return file_sample(path)
     with OpenSlideReader(path) as reader:
-        return file_head(reader.facts.path)
+        return file_sample(reader.facts.path)
 
 
 def write_features(
@@ -157,6 +162,9 @@ def write_features(
         MorphomeError: the file cannot be written; nothing of it stays.
     """
     job, tiling = plan.job, {k: v for k, v in plan.job.settings["tiling"].items() if k != "masks"}
+    reason = choice.reason if choice else ""
+    if choice and choice.name == plan.tile_attrs.get("reader") == "openslide":
+        reason = str(plan.tile_attrs.get("reader_reason", reason))  # why the tile step took it
     key = ":".join([
         str(plan.tile_attrs["slide_sha256_head"]),
         settings_hash(tiling),
@@ -178,7 +186,7 @@ def write_features(
             "tiles_key": plan.tiles_key,
             "slide_sha256_head": plan.tile_attrs["slide_sha256_head"],
             "reader": choice.name if choice else "",
-            "reader_reason": choice.reason if choice else "",
+            "reader_reason": reason,
             "dct_scale": plan.dct_scale,
             "resize": shape.name if min(shape.side_x_px, shape.side_y_px) else "",
         })  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -192,7 +191,7 @@ def _forward_check(name: str, spec: EncoderSpec, features: dict[str, Any]) -> Ch
     side = spec.input_px[0] if spec.input_px else _DEFAULT_SIDE_PX
     tile = np.random.default_rng(0).integers(0, 256, (1, side, side, 3), dtype=np.uint8)
     try:
-        vector = _vector(spec, tile, features)
+        vector = _vector(tile, features)
     except MorphomeError as error:
         return Check(name, "forward", "fail", error.problem, error.remedy)
     if vector.shape != (1, spec.dim) or not np.isfinite(vector).all():
@@ -207,22 +206,12 @@ def _forward_check(name: str, spec: EncoderSpec, features: dict[str, Any]) -> Ch
     return Check(name, "forward", "ok", f"a tile of {side} px gives {spec.dim} finite values")
 
 
-def _vector(spec: EncoderSpec, tile: np.ndarray, features: Mapping[str, Any]) -> np.ndarray:
+def _vector(tile: np.ndarray, features: Mapping[str, Any]) -> np.ndarray:
     """Vectors (1, D) of a tile uint8 (1, H, W, 3), in fp32 on the CPU."""
-    if spec.loader == "local":
-        from morphome.features.stain_texture import StainTexture
+    from morphome.features.encoders import load_encoder
 
-        return StainTexture(spec).encode(tile)
-    import torch
-
-    from morphome.features.build import build_model
-
-    weights: Path | None = weights_path(features) if spec.has_weights else None
-    model = build_model(spec, weights, trust_remote_code=bool(features.get("trust_remote_code")))
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (spec.mean, spec.std))
-    pixels = torch.from_numpy(tile).permute(0, 3, 1, 2).float().div(255)
-    with torch.inference_mode():
-        return model((pixels - mean) / std).numpy()
+    plain = {"device": "cpu", "precision": "fp32", "runtime": "torch", "batch": 1, "allow_unpinned": True}
+    return load_encoder({**features, **plain}).encode(tile)
 
 
 def _weights_cell(spec: EncoderSpec) -> str:

@@ -24,7 +24,7 @@ from morphome.features.layouts import content_key, inspect_bag
 from morphome.features.packed import open_packed
 from morphome.features.slide_mpp import slide_mpp
 from morphome.features.store import INDEX_FORMAT, index_table
-from morphome.files import file_head, read_parquet, write_parquet
+from morphome.files import file_sample, read_parquet, write_parquet
 
 
 def run_import(*, settings: Mapping[str, Any], slides: Path, index_out: Path, audit_out: Path) -> None:
@@ -112,7 +112,7 @@ def _packed_rows(path: Path, patients: Mapping[str, str]) -> tuple[list[dict[str
                     f"{path}: slide '{slide}' belongs to '{case}', but to '{patients[slide]}' in the cohort",
                     "correct case_id there or patient_id in the table of slides",
                 )
-        head = file_head(path)
+        head = file_sample(path)
         rows = []
         for slide, (start, stop) in tqdm(list(packed.bounds.items()), "import", disable=None):
             if slide not in patients:

@@ -22,7 +22,7 @@ from typing import Self
 
 import numpy as np
 
-from morphome.files import file_head
+from morphome.files import file_sample
 from morphome.slides.open import open_slide
 from morphome.slides.openslide_reader import OpenSlideReader
 from morphome.slides.patches import BLOCK_TILES, Block, PatchShape, read_block, read_patch, row_blocks
@@ -40,7 +40,7 @@ class SlideWork:
         coords: int32 (N, 2) level-0 x, y, row-major, at least one.
         shape: how a tile is read and resized.
         reader: ``slides.reader`` of the configuration.
-        head: :func:`morphome.files.file_head` of the file that was tiled.
+        head: :func:`morphome.files.file_sample` of the file that was tiled.
     """
 
     slide_id: str
@@ -227,7 +227,7 @@ def _close(slide: _Slide) -> None:
 
 def _same_file(work: SlideWork, path: Path, otherwise: str) -> None:
     try:
-        same = file_head(path) == work.head
+        same = file_sample(path) == work.head
     except OSError:
         same = False
     if not same:

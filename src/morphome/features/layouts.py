@@ -29,7 +29,7 @@ from morphome.features.bag_files import BAG_SUFFIXES
 from morphome.features.peers_arrays import open_array
 from morphome.features.peers_hdf5 import open_hdf5
 from morphome.features.peers_zarr import open_zarr
-from morphome.files import file_head
+from morphome.files import file_sample
 
 
 @contextmanager
@@ -94,8 +94,8 @@ def content_key(path: Path) -> str:
     """32 hex digits that change with a bag: from the head and size of a file, or from all files of a store."""
     path = Path(path)
     if not path.is_dir():
-        return hashlib.sha256(file_head(path).encode()).hexdigest()[:32]
+        return hashlib.sha256(file_sample(path).encode()).hexdigest()[:32]
     digest = hashlib.sha256()
     for file in sorted(f for part in ("tables", "shapes") for f in (path / part).rglob("*") if f.is_file()):
-        digest.update(f"{file.relative_to(path)}:{file_head(file)}\n".encode())
+        digest.update(f"{file.relative_to(path)}:{file_sample(file)}\n".encode())
     return digest.hexdigest()[:32]

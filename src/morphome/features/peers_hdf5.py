@@ -88,13 +88,17 @@ def find_features(handle: h5py.File, dataset: str | None = None) -> h5py.Dataset
         found = _choose(found, dataset)
     if not isinstance(found, h5py.Dataset):
         raise BagError("no_features", "'features' is no dataset")
-    if found.is_virtual or found.external or found.file.filename != handle.filename:
-        raise BagError("unsafe_store", f"'{found.name}' lies in another file, which is not followed")
+    _refuse_elsewhere(handle, found)
     bag_shape(found.shape, found.name)
     _refuse_unfinished(found)
     if found.dtype.kind not in "fiu":
         raise BagError("not_a_bag", f"'{found.name}' holds {found.dtype}, not numbers")
     return found
+
+
+def _refuse_elsewhere(handle: h5py.File, data: h5py.Dataset) -> None:
+    if data.is_virtual or data.external or data.file.filename != handle.filename:
+        raise BagError("unsafe_store", f"'{data.name}' lies in another file, which is not followed")
 
 
 def _refuse_unfinished(data: h5py.Dataset) -> None:
@@ -128,6 +132,7 @@ def _facts(handle: h5py.File, data: h5py.Dataset, mpp: tuple[float, float] | Non
     if coords is not None and not (isinstance(coords, h5py.Dataset) and coords.dtype.kind in "iuf"):
         raise BagError("bad_coords", "'coords' is no dataset of numbers")
     if coords is not None:
+        _refuse_elsewhere(handle, coords)
         _refuse_unfinished(coords)
     # STAMP and AtlasPatch describe the tiles at the file, the others at the coordinates.
     described = handle if coords is None or producer in ("stamp", "atlaspatch") else coords

@@ -74,8 +74,15 @@ def prefetch(key: str, *, revision: str = "", say: Callable[[str], None] = print
 def _finish(spec: EncoderSpec, part: Path, folder: Path, resolved: str, names: list[str]) -> None:
     """Check what was fetched, write the record, and give the folder its name."""
     shutil.rmtree(part / ".cache", ignore_errors=True)  # the hub client's notes on unfinished files
-    (part / RECORD_NAME).unlink(missing_ok=True)
-    check_checksums(spec, [part / name for name in names], allow_unpinned=True)
+    for file in part.rglob("*"):  # what an interrupted fetch of another revision left would be taken for weights
+        if file.is_file() and file.relative_to(part).as_posix() not in names:
+            file.unlink()
+    try:
+        check_checksums(spec, [part / name for name in names], allow_unpinned=True)
+    except MorphomeError:
+        for name in names:  # or the next fetch would go on with what is wrong
+            (part / name).unlink()
+        raise
     files = {n: {"bytes": (part / n).stat().st_size, "sha256": checksum(part / n)} for n in sorted(names)}
     facts = {"key": spec.key, "source": spec.source, "revision": resolved, "files": files}
     write_json(facts, part / RECORD_NAME, RECORD_FORMAT, {"key": spec.key})

@@ -78,6 +78,9 @@ class TorchEncoder:
         self.batch = min(batch, CPU_BATCH) if self.device == "cpu" else batch
         asked = spec.precision if precision == "declared" else precision
         self.arithmetic = "fp32" if asked == "fp16" and self.device == "cpu" else asked
+        if self.device == "cuda" and self.arithmetic == "fp32":
+            # PyTorch lets convolutions use 10-bit mantissas by default, which is not the fp32 of the fingerprint.
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         if self.device == "cpu":
             torch.set_num_threads(threads)
         sides = spec.input_px or (224,)

@@ -190,7 +190,7 @@ def remember(path: Path, name: str, digest: str) -> None:
     if (entry.get("size"), entry.get("mtime_ns")) != (size, mtime_ns):
         entry = {"size": size, "mtime_ns": mtime_ns}
     # A folder that cannot be written to costs time, nothing else: the digest is taken again in the next process.
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, MorphomeError):
         write_text(json.dumps({**kept, str(path): {**entry, name: digest}}, indent=1) + "\n", sidecar)
 
 

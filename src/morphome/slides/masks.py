@@ -166,7 +166,8 @@ def _areas(content: Any, path: Path) -> Iterator[tuple[str, list[Geometry]]]:
             raise _bad(path, "its FeatureCollection has no list of features")
         yield from _areas(features, path)
     elif kind == "Feature":
-        role = _role(content.get("properties") or {})
+        properties = content.get("properties")
+        role = _role(properties if isinstance(properties, dict) else {})
         geometry = content.get("geometry")
         if role == "skipped" or geometry is None:
             yield "skipped", []

@@ -16,7 +16,7 @@ import numpy as np
 from morphome.errors import MorphomeError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 #: The segmenter of :mod:`morphome.slides.tissue`.
 DEFAULT = "saturation"
@@ -108,57 +108,20 @@ class HestDeepLabV3:
 
 
 def _deeplab(weights: Path) -> nn.Module:
+    from morphome.state_dict import mismatch, read_state_dict
     from morphome.vision import ensure_torchvision
 
     ensure_torchvision()
     from torchvision.models.segmentation import deeplabv3_resnet50
 
     model = deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=2, aux_loss=False)
-    state = _read_state(weights)
+    state = read_state_dict(weights, ("state_dict",), ("module.", "model."))
     # The second head helps training only.
     state = {name: value for name, value in state.items() if not name.startswith("aux_classifier.")}
-    wanted = model.state_dict()
-    missing, extra = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
-    shapes = [n for n in wanted if n in state and state[n].shape != wanted[n].shape]
-    if missing or extra or shapes:
-        what = "; ".join(
-            f"{len(names)} {word}, such as {names[0]}"
-            for word, names in (("missing", missing), ("unknown", extra), ("of another shape", shapes))
-            if names
-        )
+    if what := mismatch(model, state):
         raise MorphomeError(
             f"{weights}: not the weights of a deeplabv3_resnet50 with two classes ({what})",
             "check tiling.segmenter_weights; the published file is deeplabv3_seg_v4.ckpt",
         )
     model.load_state_dict(state)
     return model
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    """Tensors by name; wrappers (``state_dict``) and the prefix ``model.`` of training frameworks are taken off."""
-    import pickle
-    import zipfile
-
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        content = load_file(path) if path.suffix == ".safetensors" else torch.load(
-            path, map_location="cpu", weights_only=True
-        )  # fmt: skip
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, SafetensorError,
-            zipfile.BadZipFile) as error:  # fmt: skip
-        raise MorphomeError(
-            f"{path}: not a weights file of tensors alone ({str(error).splitlines()[0] if str(error) else error!r})",
-            "check tiling.segmenter_weights, or download the file again",
-        ) from None
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if not isinstance(content, dict):
-        raise MorphomeError(f"{path}: holds no tensors by name", "check tiling.segmenter_weights")
-    tensors = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
-    for prefix in ("module.", "model."):
-        if tensors and all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
-    return tensors

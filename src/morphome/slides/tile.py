@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from morphome.files import atomic_h5, file_head, file_sha256, stamp, write_json, write_text
+from morphome.files import atomic_h5, file_sample, file_sha256, stamp, write_json, write_text
 from morphome.slides.choose import MEASURES, REASONS, Tiles, choose_tiles, make_mask
 from morphome.slides.masks import outline, to_geojson
 from morphome.slides.mpp import MppAudit, audit_mpp
@@ -107,7 +107,7 @@ def run_tile(
 def _tile(slide: _Slide, reader: SlideReader, tiling: Mapping[str, Any]) -> None:
     """Fill in a slide, step by step, so that what was found before a failure is kept."""
     facts, qc = reader.facts, slide.qc
-    qc |= _reader_record(reader.choice) | {"slide_sha256_head": file_head(facts.path)}
+    qc |= _reader_record(reader.choice) | {"slide_sha256_head": file_sample(facts.path)}
     slide.audit = audit = audit_mpp(slide.slide_id, facts, tiling)
     qc |= asdict(audit)
     if audit.verdict == "quarantine":

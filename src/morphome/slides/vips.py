@@ -116,6 +116,8 @@ class VipsReader:
 
     def another(self) -> VipsReader:
         """A reader for another thread. The image and what libvips has unpacked are shared, the region is its own."""
+        if not self._levels:  # closed, as after a block with a damaged tile
+            return VipsReader(self.facts.path, self.choice.reason)
         twin = object.__new__(VipsReader)
         twin.facts, twin.choice, twin._levels = self.facts, self.choice, self._levels
         twin._regions = [pyvips.Region.new(level) for level in self._levels]
