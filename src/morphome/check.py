@@ -7,9 +7,31 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from morphome.errors import MorphomeError
 from morphome.paths import Paths
 from morphome.steps import step_settings
 from morphome.workflow import slide_paths
+
+
+def _check_slides(config: Mapping[str, Any]) -> None:
+    """Slides are there, settings for single slides name slides, and the encoder's weights can be used.
+
+    Raises:
+        MorphomeError: naming what is not there.
+    """
+    slides = slide_paths(config)
+    if config["features"]["source"] == "external":
+        return
+    Paths(config).feature_folder  # noqa: B018  its name is the fingerprint, which asks for the weights
+    folder = config["tiling"].get("masks")
+    masks = {path.stem: path.name for path in Path(folder).glob("*.geojson")} if folder else {}
+    for key, names in (("tiling.mpp_overrides", config["tiling"]["mpp_overrides"]), ("tiling.masks", masks)):
+        if unknown := sorted(set(names) - set(slides)):
+            raise MorphomeError(
+                f"{key}: '{unknown[0]}' is no slide of {config['slides']['sheet']} ({len(unknown)} such)",
+                "names are slide_ids, as in the sheet"
+                + (", with .geojson behind them" if key.endswith("masks") else ""),
+            )
 
 
 def check_tables(config: Mapping[str, Any]) -> Iterator[str]:
@@ -27,7 +49,7 @@ def check_tables(config: Mapping[str, Any]) -> Iterator[str]:
     if "simulate" in config and not Path(config["cohort"]["clinical"]["path"]).exists():
         yield "the simulated cohort is not there yet: its tables are checked when it is made"
         return
-    slide_paths(config)
+    _check_slides(config)
     with tempfile.TemporaryDirectory() as folder:
         paths = Paths({**config, "output": folder})
         run_cohort(

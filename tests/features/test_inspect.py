@@ -28,7 +28,7 @@ def test_one_file(peers, tmp_path):
     assert (found["coords_unit"], found["grid_step"], found["side_px"], found["mpp"]) == ("px", 512, 512, None)
     assert found["fingerprint"] == "imported:trident:uni_v1:8"
     stamp = inspect_features(peers.stamp(tmp_path / "s"))
-    assert (stamp["coords_unit"], stamp["tile_um"], stamp["storage"]) == ("um", 128.0, "contiguous")
+    assert (stamp["coords_unit"], stamp["patch_um"], stamp["storage"]) == ("um", 128.0, "contiguous")
     assert stamp["coords_range"][0] == [256.0, 512.0]
     ours = inspect_features(peers.ours(tmp_path / "o"))
     assert (ours["mpp"], ours["fingerprint"]) == ([0.25, 0.25], "ab12cd34ef56")
@@ -45,6 +45,14 @@ def test_a_folder(peers, tmp_path):
     found = inspect_features(tmp_path)
     assert found["unreadable"][0].startswith("h5_files/c.h5: unreadable")
     assert [kind["n_slides"] for kind in found["kinds"]] == [2, 1]
+
+
+def test_a_folder_of_ours_whose_slides_differ_in_resolution(peers, tmp_path):
+    peers.ours(tmp_path, "a", mpp=0.25)
+    peers.ours(tmp_path, "b", mpp=0.2504)
+    found = inspect_features(tmp_path)
+    assert [(kind["encoder"], kind["n_slides"]) for kind in found["kinds"]] == [("uni2_h", 2)]
+    assert found["mpp"] == [0.25, 0.2504]
 
 
 def test_a_packed_file(peers, tmp_path):

@@ -17,7 +17,7 @@ from morphome.features.slide_encoders import (
     SLIDE_ENCODERS,
     embed_slide,
     read_slide_encoders,
-    require_patch_encoder,
+    require_bags,
     slide_encoder_spec,
 )
 
@@ -35,8 +35,9 @@ PUBLISHED = {
 }
 
 
-def tiling(patch_px, mpp_target):
-    return {"patch_px": patch_px, "mpp_target": mpp_target}
+def kind(name, patch_px, mpp_target):
+    """What the files of an encoder say."""
+    return {"encoder": name, "dim": encoder_spec(name).dim, "patch_um": float(round(patch_px * mpp_target))}
 
 
 @pytest.mark.parametrize("key", PUBLISHED)
@@ -45,12 +46,12 @@ def test_each_takes_the_features_it_was_trained_on_and_no_others(key):
     slide = slide_encoder_spec(key)
     assert (list(slide.patch_encoders), slide.dim) == (names, dim)
     for name in names:
-        require_patch_encoder(key, {"encoder": name}, tiling(*tiles))
+        assert require_bags(key, [kind(name, *tiles)]) == []
     with pytest.raises(MorphomeError, match=f"'{key}' takes features of .*, not of phikon"):
-        require_patch_encoder(key, {"encoder": "phikon"}, tiling(*tiles))
+        require_bags(key, [kind(names[0], *tiles), kind("phikon", *tiles)])
     if slide.patch_um:
         with pytest.raises(MorphomeError, match=f"'{key}' was trained on tiles of"):
-            require_patch_encoder(key, {"encoder": names[0]}, tiling(tiles[0], 2 * tiles[1]))
+            require_bags(key, [kind(names[0], tiles[0], 3 * tiles[1])])
 
 
 def test_the_list_is_complete():
@@ -60,17 +61,20 @@ def test_the_list_is_complete():
 
 
 def test_another_variant_and_the_same_network_with_other_weights_are_refused():
-    with pytest.raises(MorphomeError, match=r"its variant of 1280 values, yours has 2560"):
-        require_patch_encoder("eagle", {"encoder": "virchow2"}, tiling(224, 0.5))
+    with pytest.raises(MorphomeError, match=r"virchow2:cls \(1280 values\), not of virchow2 \(2560 values\)"):
+        require_bags("eagle", [kind("virchow2", 224, 0.5)])
     with pytest.raises(MorphomeError, match="not of virchow:cls"):
-        require_patch_encoder("prism", {"encoder": "virchow:cls"}, tiling(224, 0.5))
-    with pytest.raises(MorphomeError, match="features of ctranspath_chief, not of ctranspath"):
-        require_patch_encoder("chief", {"encoder": "ctranspath"}, tiling(224, 1.0))
+        require_bags("prism", [kind("virchow:cls", 224, 0.5)])
+    with pytest.raises(MorphomeError, match=r"ctranspath_chief \(768 values\), not of ctranspath "):
+        require_bags("chief", [kind("ctranspath", 224, 1.0)])
 
 
-def test_the_remedy_gives_the_resolution():
-    with pytest.raises(MorphomeError, match=r"patch_px: 448 and mpp_target: 0.5714"):
-        require_patch_encoder("titan", {"encoder": "conch_v15"}, tiling(448, 0.5))
+def test_files_of_tools_that_do_not_say():
+    """A file without a name of its encoder may be right if its dimension is; the caller says what was not checked."""
+    silent = {"encoder": "unknown", "dim": 768, "patch_um": None}
+    assert require_bags("titan", [silent]) == ["the size of a tile in microns", "which encoder made the features"]
+    with pytest.raises(MorphomeError, match="not of unknown"):
+        require_bags("titan", [{**silent, "dim": 1024}])
 
 
 @pytest.mark.parametrize(

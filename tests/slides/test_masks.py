@@ -144,7 +144,7 @@ def test_a_byte_order_mark_is_no_obstacle(read):
 def test_holes_and_excluded_areas_are_no_tissue(read):
     expected = box(10, 10, 50, 40) & ~box(20, 20, 30, 30)
     np.testing.assert_array_equal(read(polygon(SQUARE, HOLE)), expected)
-    for name in ("Ignore*", "Exclude", "artefact", "PEN", "Background"):
+    for name in ("Ignore*", "Exclude", "artefact", "PEN", "Background", "Ignore pen", "Tissue: Ignore", "ignore_2"):
         both = [feature(polygon(HOLE), name), feature(polygon(SQUARE), "Tumor")]
         np.testing.assert_array_equal(read(both), expected)
 

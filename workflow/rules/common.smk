@@ -32,11 +32,11 @@ try:
     CONFIG = check_config(config)
     SLIDES = slide_paths(CONFIG)
     JOBS = encode_jobs(CONFIG, list(SLIDES))
+    PATHS = Paths(CONFIG)
+    ENCODED = [PATHS.encode_job(job) for job in range(1, len(JOBS) + 1)]
 except MorphomeError as error:
     raise WorkflowError(str(error))
 
-PATHS = Paths(CONFIG)
-ENCODED = [PATHS.encode_job(job) for job in range(1, len(JOBS) + 1)]
 RESOLVED = write_resolved(CONFIG)
 # Inside a conda environment the interpreter is that environment's; otherwise it is the one that runs Snakemake,
 # whether or not its folder is on the PATH.

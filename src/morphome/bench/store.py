@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 
 from morphome.bench.rounds import interleaved
+from morphome.errors import MorphomeError
 from morphome.features.encode import to_float16
 from morphome.files import atomic_h5
 
@@ -44,6 +45,8 @@ def bench_store(folder: Path | None = None, tiles: int = 10_000, dim: int = 1024
     rng = np.random.default_rng(0)
     bag = rng.normal(size=(tiles, dim)).astype(np.float32)
     picked = np.sort(rng.permutation(tiles)[:SAMPLE])
+    if folder is not None and not Path(folder).is_dir():
+        raise MorphomeError(f"{folder}: there is no such folder", "name a folder on the disk to measure")
     with tempfile.TemporaryDirectory(dir=folder) as place:
         files = {name: Path(place) / f"{name}.h5" for name in LAYOUTS}
         write = interleaved(rounds, {name: _writer(bag, files[name], name) for name in LAYOUTS})

@@ -48,7 +48,7 @@ def inspect_features(path: Path, dataset: str | None = None) -> dict[str, Any]:
 
     Returns:
         For one bag ``path, slide_id, producer, encoder, n_tiles, dim, dtype, layout, storage, dataset, unit,
-        coords_unit, coords_dtype, coords_range`` ([[x, y], [x, y]]), ``grid_step, patch_px, side_px, tile_um,
+        coords_unit, coords_dtype, coords_range`` ([[x, y], [x, y]]), ``grid_step, patch_px, side_px, patch_um,
         overlap_px, mpp, fingerprint, warnings``. For more bags ``path, n_files, n_tiles, kinds`` (each combination of
         producer, encoder, dimension, type, storage, unit and coordinates with its count), ``tiles_per_slide`` (least,
         median, most), ``fingerprints``, ``unreadable`` and ``warnings``.
@@ -78,13 +78,20 @@ def inspect_features(path: Path, dataset: str | None = None) -> dict[str, Any]:
         "n_tiles": sum(tiles),
         "kinds": [{**dict(zip(_KIND, kind, strict=True)), "n_slides": n} for kind, n in kinds.most_common()],
         "tiles_per_slide": [min(tiles), float(np.median(tiles)), max(tiles)] if tiles else None,
+        "side_px": _range([one["side_px"] for one in described]),
+        "mpp": _range([value for one in described for value in one["mpp"] or ()]),
         "fingerprints": dict(Counter(one["fingerprint"] for one in described).most_common()),
         "unreadable": unreadable,
         "warnings": [f"{note} ({n} files)" for note, n in notes.most_common()],
     }
 
 
-_KIND = ("producer", "encoder", "dim", "dtype", "storage", "unit", "coords_unit", "patch_px", "side_px", "mpp")
+_KIND = ("producer", "encoder", "dim", "dtype", "storage", "unit", "coords_unit", "patch_px", "patch_um")
+
+
+def _range(values: Iterable[float | None]) -> list[float] | None:
+    known = [value for value in values if value is not None]
+    return [min(known), max(known)] if known else None
 
 
 def verify_features(path: Path, slides: Iterable[str] | None = None, dataset: str | None = None) -> list[Finding]:
@@ -180,12 +187,20 @@ def _describe(facts: BagFacts, name: str) -> dict[str, Any]:
         "grid_step": None if coords is None else grid_step(coords),
         "patch_px": facts.patch_px,
         "side_px": facts.side_px,
-        "tile_um": facts.tile_um,
+        "patch_um": _patch_um(facts),
         "overlap_px": facts.overlap_px,
         "mpp": None if facts.mpp is None else list(facts.mpp),
         "fingerprint": facts.fingerprint,
         "warnings": list(facts.notes),
     }
+
+
+def _patch_um(facts: BagFacts) -> float | None:
+    """Side of a tile in whole microns; None where the file does not tell."""
+    if facts.tile_um is not None:
+        return float(round(facts.tile_um))
+    known = facts.side_px is not None and facts.mpp is not None
+    return float(round(facts.side_px * facts.mpp[0])) if known else None
 
 
 class _Seen:

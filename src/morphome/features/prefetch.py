@@ -49,7 +49,8 @@ def prefetch(key: str, *, revision: str = "", say: Callable[[str], None] = print
     """
     spec = encoder_spec(key)
     if not spec.has_weights:
-        raise MorphomeError(f"encoder '{spec.key}' has no weights", "use it as it is")
+        say(f"{spec.key}: has no weights, nothing to fetch")
+        return weights_folder(spec.key)
     folder = weights_folder(spec.key)
     if not spec.source:
         raise MorphomeError(

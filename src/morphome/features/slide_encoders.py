@@ -6,13 +6,12 @@ same length go through it without an error and mean nothing, so a mismatch is re
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from morphome.errors import MorphomeError
-from morphome.features.fit import MPP_TOLERANCE
 from morphome.features.registry import ENCODERS_PATH, encoder_spec, registry_content
 
 if TYPE_CHECKING:
@@ -81,39 +80,43 @@ def slide_encoder_spec(key: str) -> SlideEncoderSpec:
     return SLIDE_ENCODERS[key]
 
 
-def require_patch_encoder(slide_key: str, features: Mapping[str, Any], tiling: Mapping[str, Any]) -> None:
-    """Refuse features that a slide encoder was not trained on.
+def require_bags(slide_key: str, kinds: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Refuse feature files that a slide encoder was not trained on, by what the files say.
 
     Args:
-        features, tiling: sections of the configuration that the features were made with; ``encoder``, ``patch_px``
-            and ``mpp_target`` count.
+        kinds: with ``encoder``, ``dim`` and ``patch_um`` each, as :func:`morphome.features.inspect.inspect_features`
+            gives them.
+
+    Returns:
+        What the files do not say and so was not checked.
 
     Raises:
-        MorphomeError: another encoder or variant, other tiles, or no such slide encoder.
+        MorphomeError: another encoder, dimension or tile size, or no such slide encoder.
     """
-    slide = slide_encoder_spec(slide_key)
-    found = encoder_spec(features["encoder"])
+    slide, unknown = slide_encoder_spec(slide_key), []
     wanted = [encoder_spec(name) for name in slide.patch_encoders]
-    if found not in wanted:
-        names = " or ".join(spec.name for spec in wanted)
-        same = [spec for spec in wanted if spec.key == found.key]
-        why = f" (its variant of {same[0].dim} values, yours has {found.dim})" if same else ""
-        raise MorphomeError(
-            f"slide encoder '{slide_key}' takes features of {names}{why}, not of {found.name}",
-            f"encode the slides with features.encoder: {wanted[0].name}",
-        )
-    patch_px, mpp_target = int(tiling["patch_px"]), float(tiling["mpp_target"])
-    patch_um = patch_px * mpp_target
-    if slide.patch_um is None:
-        return
-    low, high = slide.patch_um
-    if not low * (1 - MPP_TOLERANCE) <= patch_um <= high * (1 + MPP_TOLERANCE):
-        wanted_um = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-        raise MorphomeError(
-            f"slide encoder '{slide_key}' was trained on tiles of {wanted_um} um, not of {patch_um:g} um "
-            f"(tiling.patch_px {patch_px} at mpp_target {mpp_target:g})",
-            f"encode the slides with tiling.patch_px: {patch_px} and mpp_target: {low / patch_px:.4g}",
-        )
+    names = " or ".join(f"{spec.name} ({spec.dim} values)" for spec in wanted)
+    for kind in kinds:
+        named, dim, patch_um = kind["encoder"], kind["dim"], kind["patch_um"]
+        fits = [spec for spec in wanted if spec.dim == dim and named in (spec.name, spec.key, "unknown")]
+        if not fits:
+            raise MorphomeError(
+                f"slide encoder '{slide_key}' takes features of {names}, not of {named} ({dim} values)",
+                f"encode the slides with features.encoder: {wanted[0].name}",
+            )
+        if named == "unknown":
+            unknown.append("which encoder made the features")
+        if slide.patch_um is None:
+            continue
+        low, high = slide.patch_um
+        if patch_um is None:
+            unknown.append("the size of a tile in microns")
+        elif not low - 1 <= patch_um <= high + 1:
+            raise MorphomeError(
+                f"slide encoder '{slide_key}' was trained on tiles of {low:g} to {high:g} um, not of {patch_um:g} um",
+                "encode the slides again with tiling.patch_px and mpp_target of that size",
+            )
+    return sorted(set(unknown))
 
 
 def embed_slide(
@@ -129,7 +132,7 @@ def embed_slide(
 
     Args:
         folder: files of ``source``, config.json and code included.
-        features: (N, D) of the patch encoder that :func:`require_patch_encoder` accepts.
+        features: (N, D) of the patch encoder that :func:`require_bags` accepts.
         coords: int (N, 2), x and y of the tiles at level 0.
         side_level0_px: side of a tile at level 0.
         trust_remote_code: needed, as code of the folder is run.

@@ -7,6 +7,7 @@ written and read back unchanged is the same mask, pixel by pixel.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -196,7 +197,9 @@ def _role(properties: dict[str, Any]) -> str:
         names = given.get("names") if isinstance(given.get("names"), list) else [given.get("name")]
     else:
         names = [given]
-    words = [str(n).strip().lower() for n in names if n]
+    # "Tissue: Ignore" is QuPath's derived class; "Ignore pen" and "ignore_2" are what people write.
+    parts = [part.strip().lower() for n in names if n for part in str(n).split(":")]
+    words = [re.split(r"[\s_-]", part)[0] for part in parts if part]
     if any(w.rstrip("*") in EXCLUDED for w in words):
         return "excluded"
     return "skipped" if any(w.endswith("*") for w in words) else "tissue"
