@@ -28,7 +28,7 @@ def main(folder: Path, limit_mb: int, slides: list[Path]) -> None:
     if limit_mb:
         used_mb = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() // 2**20
         resource.setrlimit(resource.RLIMIT_AS, ((used_mb + limit_mb) << 20, -1))
-    before_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before_mb = peak_mb()
     found = []
     for number, path in enumerate(slides):
         started = time.perf_counter()
@@ -45,8 +45,13 @@ def main(folder: Path, limit_mb: int, slides: list[Path]) -> None:
         record = read_json(out.with_suffix(".json"), "morphome.slide_qc")
         facts = {name: record[name] for name in ("status", "reason_code", "reason", "n_tiles")}
         found.append({"slide": path.name, "seconds": time.perf_counter() - started, **facts})
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"slides": found, "peak_mb": peak_mb, "own_mb": peak_mb - before_mb}))
+    print(json.dumps({"slides": found, "peak_mb": peak_mb(), "own_mb": peak_mb() - before_mb}))
+
+
+def peak_mb() -> float:
+    """Most resident memory of this process; ``ru_maxrss`` would count that of the process that started it too."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 if __name__ == "__main__":
