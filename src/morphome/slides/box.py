@@ -42,9 +42,14 @@ def box_resize(region: np.ndarray, patch_px: int) -> np.ndarray:
     small = _shrink(rows, 0, taps(height, patch_px), tall)
     pixels = small.view(np.uint8).reshape(patch_px, patch_px, 4)
     out = np.empty((patch_px, patch_px, 3), np.uint8)
-    for band in range(3):  # several times faster than one copy of three of four bytes
-        out[..., band] = pixels[..., band]
+    copy_rgb(pixels, out)
     return out
+
+
+def copy_rgb(rgbx: np.ndarray, out: np.ndarray) -> None:
+    """The first three bands of (H, W, 4) into uint8 (H, W, 3), several times faster than one assignment."""
+    for band in range(3):
+        out[..., band] = rgbx[..., band]
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from morphome.slides.patches import PatchShape, read_block, row_blocks
 from morphome.slides.quality import sharpness
 from morphome.slides.reader import SlideReader
 from morphome.slides.segmenters import DEFAULT, load_segmenter
-from morphome.slides.tissue import TissueMask, count_holes, drop_fragments, prepare, saturation_mask, tidy_mask
+from morphome.slides.tissue import TissueMask, count_holes, drop_fragments, find_tissue, prepare, tidy_mask
 
 #: Per-tile numbers besides the coordinates, each float32 (N,); shares are of the tile's area.
 MEASURES = ("tissue", "pen_fraction", "fold_fraction", "blood_fraction", "sharpness")
@@ -69,12 +69,11 @@ def make_mask(reader: SlideReader, audit: MppAudit, overview: np.ndarray, tiling
     facts = reader.facts
     um_x = facts.width_px * audit.mpp_x / overview.shape[1]
     um_y = facts.height_px * audit.mpp_y / overview.shape[0]
-    ready = prepare(overview, um_x, um_y)
     name = tiling["segmenter"]
     if name == DEFAULT:
-        mask, threshold = saturation_mask(ready)
-        made = tidy_mask(mask, ready, tiling, threshold)
+        made = find_tissue(overview, um_x, um_y, tiling)
     else:
+        ready = prepare(overview, um_x, um_y)  # before the weights are loaded: it refuses what is not brightfield
         weights = tiling.get("segmenter_weights")
         learned = learned_mask(reader, audit, name, Path(weights) if weights else None, overview.shape[:2])
         made = tidy_mask(learned, ready, tiling, source=name)

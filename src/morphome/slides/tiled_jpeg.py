@@ -14,6 +14,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from morphome.slides.box import copy_rgb
 from morphome.slides.jpeg_stream import tile_stream
 from morphome.slides.openslide_reader import OpenSlideReader
 from morphome.slides.overview import TOLERANCE, area_mean, level_for
@@ -241,9 +242,7 @@ class TiledJpegReader:
         means = totals.view(np.uint16)
         means += factor * factor // 2
         means >>= _MEAN_FACTORS[factor]
-        means = means.reshape(height, width, 4)
-        for band in range(3):
-            tile[..., band] = means[..., band]
+        copy_rgb(means.reshape(height, width, 4), tile)
 
 
 class _TileCache:
