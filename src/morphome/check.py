@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from morphome.errors import MorphomeError
+from morphome.features.registry import fingerprint
 from morphome.paths import Paths
 from morphome.steps import step_settings
 from morphome.workflow import slide_paths
@@ -22,7 +23,7 @@ def _check_slides(config: Mapping[str, Any]) -> None:
     slides = slide_paths(config)
     if config["features"]["source"] == "external":
         return
-    Paths(config).feature_folder  # noqa: B018  its name is the fingerprint, which asks for the weights
+    fingerprint(config["features"], config["tiling"])  # asks for the weights, and refuses those that it may not use
     folder = config["tiling"].get("masks")
     masks = {path.stem: path.name for path in Path(folder).glob("*.geojson")} if folder else {}
     for key, names in (("tiling.mpp_overrides", config["tiling"]["mpp_overrides"]), ("tiling.masks", masks)):
