@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from morphome.config import named_files
 from morphome.errors import MorphomeError
 from morphome.features.registry import fingerprint
-from morphome.paths import Paths
+from morphome.paths import PUBLISHED, Paths
 from morphome.steps import step_settings
-from morphome.workflow import slide_paths
+from morphome.workflow import gdc_kinds, slide_paths
 
 
 def _check_slides(config: Mapping[str, Any]) -> None:
@@ -35,6 +36,15 @@ def _check_slides(config: Mapping[str, Any]) -> None:
             )
 
 
+def _fetched(config: Mapping[str, Any]) -> list[Path]:
+    """What the workflow fetches before tables can be read: published files, the manifest, files of the panels."""
+    tables = [path for path in named_files(config).values() if path.parent == PUBLISHED]
+    if "gdc" in config:
+        paths = Paths(config)
+        tables += [*paths.gdc_tables, *(paths.fetched(kind) for kind in gdc_kinds(config))]
+    return tables
+
+
 def check_tables(config: Mapping[str, Any]) -> Iterator[str]:
     """Run the cohort and genes steps into a temporary folder and say what they found, one line each.
 
@@ -49,6 +59,9 @@ def check_tables(config: Mapping[str, Any]) -> Iterator[str]:
 
     if "simulate" in config and not Path(config["cohort"]["clinical"]["path"]).exists():
         yield "the simulated cohort is not there yet: its tables are checked when it is made"
+        return
+    if lacking := [path for path in _fetched(config) if not path.exists()]:
+        yield f"not fetched yet: {lacking[0]} ({len(lacking)} such); the tables are checked when all are there"
         return
     _check_slides(config)
     with tempfile.TemporaryDirectory() as folder:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from morphome import __version__, cli_tools
+from morphome import __version__, cli_download, cli_tools
 from morphome.cli_base import DEFAULT, Config, Run, readable_errors
 from morphome.errors import MorphomeError
-from morphome.files import read_json, write_json
+from morphome.files import write_json
 from morphome.steps import code_hash
-from morphome.workflow import encode_jobs, run_folders, slide_paths
+from morphome.workflow import run_folders, slide_jobs, slide_paths
 
 app = typer.Typer(
     name="morphome",
@@ -29,7 +30,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-Slide = Annotated[str, typer.Option(help="slide_id, as in the slide sheet.")]
+Slides = Annotated[list[str] | None, typer.Argument(help="slide_id of each slide; all when none is given.")]
+Job = Annotated[int | None, typer.Option(help="Number of a group of slides.per_job slides, from 1.")]
 START, SLIDES, MODELS, RESULTS = "1 Cohort", "2 Slides and features", "3 Splits and models", "4 Results"
 TOOLS = "5 Tools beside the steps"
 for name in ("encoders", "features", "bench"):
@@ -84,6 +86,10 @@ def simulate(
     run_simulate(settings=run.settings("simulate"), folder=run.paths.simulated, threads=threads)
 
 
+for command in (cli_download.manifest, cli_download.fetch, cli_download.published):
+    step(START)(command)
+
+
 @step(START)
 def cohort(config: Config = DEFAULT) -> None:
     """Patients, slides and end point; the flow of who was dropped and why."""
@@ -107,48 +113,47 @@ def genes(config: Config = DEFAULT) -> None:
     run_genes(settings=run.settings("genes"), panels_out=run.paths.panels, groups_out=run.paths.groups)
 
 
+step(SLIDES)(cli_download.weights)
+
+
 @step(SLIDES)
-def tile(slide: Slide, path: Annotated[Path, typer.Option(help="The slide file.")], config: Config = DEFAULT) -> None:
-    """Tissue mask and tile grid of one slide at a true target mpp."""
-    from morphome.slides.tile import run_tile
+def tile(slides: Slides = None, job: Job = None, config: Config = DEFAULT) -> None:
+    """Tissue mask and tile grid of slides at a true target mpp. Slides that are done and unchanged are passed over."""
+    from morphome.slides.tile_job import TileJob, run_tiles
 
     run = Run(config)
-    files = run.paths.tiles(slide)
-    _must_exist(path)
-    run_tile(
-        slide_path=path,
-        slide_id=slide,
-        settings=run.settings("tile", slide=slide),
-        h5_out=files.h5,
-        qc_out=files.qc,
-        geojson_out=files.geojson,
-        thumbnail_out=files.thumbnail,
+    paths, chosen = _choose(run, slides, job)
+    files = {slide: run.paths.tiles(slide) for slide in chosen}
+    records = run_tiles(
+        jobs=[
+            TileJob(
+                slide_path=paths[slide],
+                slide_id=slide,
+                settings=run.settings("tile", slide=slide),
+                h5_out=files[slide].h5,
+                qc_out=files[slide].qc,
+                geojson_out=files[slide].geojson,
+                thumbnail_out=files[slide].thumbnail,
+            )
+            for slide in chosen
+        ],
+        code=code_hash("tile"),
     )
-    record = read_json(files.qc, "morphome.slide_qc")
-    if record["status"] == "ok":
-        print(f"{slide}: {record['n_tiles']} tiles")
-    else:  # a bad slide is a result (the run goes on), not an error
-        print(f"{slide}: {record['status']}, {record['reason_code']}: {record['reason']}")
+    _say(records)
+    if job is not None:
+        _write_job(run, "tile", job, records)
 
 
 @step(SLIDES)
 def encode(
-    slides: Annotated[list[str] | None, typer.Argument(help="slide_id of each slide; all when none is given.")] = None,
-    job: Annotated[int | None, typer.Option(help="Number of a group of slides.per_job slides, from 1.")] = None,
+    slides: Slides = None,
+    job: Job = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads: for reading tiles, and for the encoder.")] = 1,
     config: Config = DEFAULT,
 ) -> None:
     """Features of the tiles of slides, one HDF5 file a slide. Slides that are done and unchanged are passed over."""
     run = Run(config)
-    paths = slide_paths(run.config)
-    if job is not None:
-        groups = encode_jobs(run.config, list(paths))
-        if slides or not 1 <= job <= len(groups):
-            raise MorphomeError(f"--job {job}: there are {len(groups)} jobs", "give a number of these, or slides")
-        slides = groups[job - 1]
-    chosen = slides or list(paths)
-    if unknown := [slide for slide in chosen if slide not in paths]:
-        raise MorphomeError(f"slide '{unknown[0]}': not in the slide sheet, or its file is gone", "correct the name")
+    paths, chosen = _choose(run, slides, job)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # before numpy and torch are loaded
     from morphome.features.encode import EncodeJob, run_encode
 
@@ -168,18 +173,63 @@ def encode(
         code=code_hash("encode"),
         threads=threads,
     )
+    _say(records)
+    if job is not None:
+        _write_job(run, "encode", job, records)
+        _delete_fetched(run, [paths[slide] for slide in chosen])
+
+
+def _choose(run: Run, slides: list[str] | None, job: int | None) -> tuple[dict[str, Path], list[str]]:
+    """Files of all slides, and the slides that a command is for: those named, those of a job, or all."""
+    paths = slide_paths(run.config)
+    if job is not None:
+        groups = slide_jobs(run.config, list(paths))
+        if slides or not 1 <= job <= len(groups):
+            raise MorphomeError(f"--job {job}: there are {len(groups)} jobs", "give a number of these, or slides")
+        slides = groups[job - 1]
+    chosen = slides or list(paths)
+    if unknown := [slide for slide in chosen if slide not in paths]:
+        raise MorphomeError(f"slide '{unknown[0]}': not in the slide sheet, or its file is gone", "correct the name")
+    if "gdc" in run.config and (gone := [slide for slide in chosen if not paths[slide].exists()]):
+        raise MorphomeError(
+            f"{paths[gone[0]]}: the slide is not there ({len(gone)} of {len(chosen)})",
+            "fetch it: snakemake does when its list of fetched slides is deleted "
+            f"({run.paths.fetched('slides_' + str(job or '*'))})",
+        )
+    return paths, chosen
+
+
+def _say(records: list[dict[str, Any]]) -> None:
+    """One line a slide; a bad slide is a result (the run goes on), not an error."""
     for record in records:
         said = "as before" if record["skipped"] else f"{record['n_tiles']} tiles"
         why = "" if record["status"] == "ok" else f": {record['status']}, {record['reason_code']}: {record['reason']}"
         print(f"{record['slide_id']}: {said}{why}")
-    if job is not None:
-        # The code too: Snakemake looks at the content of small files, and new code may give new vectors under old keys.
-        content = {
-            "job": job,
-            "code": code_hash("encode"),
-            "slides": {record["slide_id"]: record["content_key"] for record in records},
-        }
-        write_json(content, run.paths.encode_job(job), "morphome.encode_job", run.settings("encode"))
+
+
+def _write_job(run: Run, name: str, job: int, records: list[dict[str, Any]]) -> None:
+    """The output of a job that Snakemake sees.
+
+    The code stands in it too: Snakemake looks at the content of small files, and new code may give new values under
+    old keys.
+    """
+    path = {"tile": run.paths.tile_job, "encode": run.paths.encode_job}[name](job)
+    keys = {record["slide_id"]: record["content_key"] for record in records}
+    content = {"job": job, "code": code_hash(name), "slides": keys}
+    write_json(content, path, f"morphome.{name}_job", run.settings(name))
+
+
+def _delete_fetched(run: Run, slides: list[Path]) -> None:
+    """Delete slides that were fetched, where the configuration wants that; never one of another folder."""
+    gdc = run.config.get("gdc", {})
+    if not gdc.get("delete_slides"):
+        return
+    folder = Path(gdc["folder"])
+    for slide in slides:
+        if slide.is_relative_to(folder):
+            slide.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # something else lies beside it
+                slide.parent.rmdir()
 
 
 @step(SLIDES)
@@ -318,11 +368,6 @@ def report(config: Config = DEFAULT) -> None:
     )
     run_report(settings=run.settings("report"), inputs=inputs, out=paths.report.parent)
     print(f"report: {paths.report.resolve()}")
-
-
-def _must_exist(path: Path) -> None:
-    if not path.exists():
-        raise MorphomeError(f"{path}: there is no such slide file", "correct --path")
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ import yaml
 
 from morphome.errors import MorphomeError
 from morphome.features.fit import encoder_problems
-from morphome.paths import PANELS, Paths
+from morphome.paths import PANELS, PUBLISHED, Paths
 
 SCHEMA_PATH = Path(__file__).parent / "schemas" / "config.schema.yaml"
 
@@ -88,7 +88,8 @@ def check_config(config: Mapping[str, Any], files: bool = True) -> dict[str, Any
         full["models"], found = _resolve_models(full)
         problems += found
     if not problems:
-        full = _name_simulated(full, str(Paths(full).simulated))
+        full = _name_places(full, _places(full))
+        problems = _unknown_places(full)
     if not problems:
         problems = _contradictions(full)
     if not problems and files:
@@ -195,23 +196,16 @@ def _contradictions(full: Mapping[str, Any]) -> list[str]:
         )
     needs_sheet = full["features"]["source"] == "encode"
     if needs_sheet and "sheet" not in full["slides"]:
-        problems.append("slides.sheet: needed to encode slides. Remedy: a TSV with slide_id, patient_id, path")
+        remedy = "{gdc}/sample_sheet.tsv" if "gdc" in full else "a TSV with slide_id, patient_id, path"
+        problems.append(f"slides.sheet: needed to encode slides. Remedy: {remedy}")
+    if "gdc" in full and "simulate" in full:
+        problems.append("gdc: a simulated cohort takes nothing from the GDC. Remedy: remove 'gdc' or 'simulate'")
     if full["features"]["source"] == "encode":
         problems += encoder_problems(full)
     for panel in PANELS:
         table = molecular.get(panel)
         if not table:
             continue
-        allowed = {
-            "rna": {"star_counts", "porpoise", "csv"},
-            "mut": {"maf", "porpoise", "csv"},
-            "cnv": {"gdc_gene_level", "porpoise", "csv"},
-        }[panel]
-        if table["format"] not in allowed:
-            problems.append(
-                f"molecular.{panel}.format: '{table['format']}' is no format for {panel}. "
-                f"Remedy: one of {', '.join(sorted(allowed))}"
-            )
         if table["format"] in {"star_counts", "gdc_gene_level"} and "sheet" not in molecular:
             problems.append(
                 f"molecular.sheet: needed for molecular.{panel} with format {table['format']}. "
@@ -253,28 +247,65 @@ def named_files(full: Mapping[str, Any]) -> dict[str, Path]:
         "features.weights": full["features"].get("weights"),
         "splits.folder": full["splits"].get("folder") if full["splits"]["scheme"] == "published" else None,
         "molecular.sheet": full["molecular"].get("sheet"),
+        "gdc.pinned": full.get("gdc", {}).get("pinned"),
     }
+    named |= {f"gdc.have[{number}]": folder for number, folder in enumerate(full.get("gdc", {}).get("have", ()))}
     for part in (*PANELS, "groups"):
         named[f"molecular.{part}.path"] = full["molecular"].get(part, {}).get("path")
     return {key: Path(value) for key, value in named.items() if value}
 
 
-def _name_simulated(value: Any, folder: str) -> Any:
-    """Replace ``{simulated}`` in every text by the folder of the simulated cohort."""
+def _places(full: Mapping[str, Any]) -> dict[str, str]:
+    """What stands for a folder in a text of the configuration: ``{simulated}`` and the like."""
+    paths = Paths(full)
+    places = {"{published}": str(PUBLISHED)}
+    if "simulate" in full:
+        places["{simulated}"] = str(paths.simulated)
+    if "gdc" in full:
+        places |= {"{gdc}": str(paths.gdc), "{gdc_files}": full["gdc"]["folder"]}
+    return places
+
+
+def _name_places(value: Any, places: Mapping[str, str]) -> Any:
+    """Replace the names of folders in every text by the folders."""
     if isinstance(value, dict):
-        return {key: _name_simulated(item, folder) for key, item in value.items()}
+        return {key: _name_places(item, places) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_name_places(item, places) for item in value]
     if isinstance(value, str):
-        return value.replace("{simulated}", folder)
+        for name, folder in places.items():
+            value = value.replace(name, folder)
     return value
 
 
+def _unknown_places(full: Mapping[str, Any]) -> list[str]:
+    needs = {"{simulated}": "simulate", "{gdc}": "gdc", "{gdc_files}": "gdc"}
+    return [
+        f"{key}: '{name}' stands for a folder only where the configuration has a section '{section}'. "
+        f"Remedy: add that section, or name the folder"
+        for key, path in named_files(full).items()
+        for name, section in needs.items()
+        if name in str(path)
+    ]
+
+
 def _missing_files(full: Mapping[str, Any]) -> list[str]:
-    made_here = Paths(full).simulated if "simulate" in full else None
+    paths = Paths(full)
+    made_here = [paths.simulated] if "simulate" in full else []
+    if "gdc" in full:
+        made_here += [paths.gdc, Path(full["gdc"]["folder"])]
     return [
         f"{key}: {path} does not exist (looked from {Path.cwd()}). Remedy: correct the path"
         for key, path in named_files(full).items()
-        if not path.exists() and not (made_here and path.is_relative_to(made_here))
+        if not path.exists() and not any(path.is_relative_to(place) for place in made_here) and not _published(path)
     ]
+
+
+def _published(path: Path) -> bool:
+    """True for a file that the workflow fetches from where it was published."""
+    from morphome.download.published import published_file
+
+    return path.parent == PUBLISHED and published_file(path.name) is not None
 
 
 def _explain(error: jsonschema.ValidationError, prefix: str = "") -> str:

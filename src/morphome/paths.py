@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PANELS = ("rna", "mut", "cnv")
+PANELS = ("rna", "mut", "cnv", "expression")
 EVALUATION_TABLES = ("oof", "metrics", "summary", "km", "risk_groups", "comparisons")
 REPORT_TABLES = (
     "model_table",
@@ -24,7 +24,13 @@ REPORT_TABLES = (
     "comparisons",
     "run_times",
     "expert_use",
+    "gene_groups",
+    "sources",
+    "sites",
 )
+#: Files that others published (TCGA-CDR, gene sets); all runs of a folder share them.
+PUBLISHED = Path("resources/published")
+GDC_TABLES = ("manifest.tsv", "sample_sheet.tsv", "clinical.tsv", "query.json")
 RUN_FILES = ("predictions.parquet", "history.parquet", "diagnostics.parquet", "model.safetensors", "run.json")
 
 
@@ -60,6 +66,19 @@ class Paths:
     def log(self, step: str, *wildcards: str) -> Path:
         return self.root / "logs" / step / ("_".join(wildcards) + ".log" if wildcards else f"{step}.log")
 
+    # -- what comes from the GDC ----------------------------------------------------------------------------
+    @property
+    def gdc(self) -> Path:
+        return self.root / "gdc"
+
+    @property
+    def gdc_tables(self) -> list[Path]:
+        return [self.gdc / name for name in GDC_TABLES]
+
+    def fetched(self, part: str) -> Path:
+        """List of the files of a panel (``rna``), or of a job of slides (``slides_1``), that were fetched."""
+        return self.gdc / "fetched" / f"{part}.json"
+
     # -- cohort and molecular tables ------------------------------------------------------------------------
     @property
     def patients(self) -> Path:
@@ -89,6 +108,14 @@ class Paths:
 
         folder = self.root / "tiles" / tiling_key(self._config["tiling"])
         return TileFiles(*(folder / f"{slide}{end}" for end in (".h5", ".json", ".geojson", ".jpg")))
+
+    def tile_job(self, job: int | str) -> Path:
+        return self.tiles("").h5.parent / "jobs" / f"{job}.json"
+
+    @property
+    def weights(self) -> Path:
+        """That the weights of the encoder were fetched."""
+        return self.feature_folder / "weights.json"
 
     @property
     def feature_folder(self) -> Path:

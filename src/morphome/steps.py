@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from morphome.files import check_stamp, read_stamp, settings_hash, write_text
-from morphome.paths import Paths
+from morphome.paths import PANELS, Paths
 
 PACKAGE = Path(__file__).parent
 
@@ -32,12 +32,23 @@ class Step:
 _ENCODER = ("features.encoder", "features.precision")
 STEPS: dict[str, Step] = {
     "simulate": Step(("simulate",), "morphome.cohort.simulate"),
+    # Which files there are: where they lie and how they are fetched is no reason to ask the GDC again.
+    "manifest": Step(
+        (
+            *("gdc.projects", "gdc.data_release", "gdc.have", "gdc.pinned", "cohort.sample_types"),
+            *(f"molecular.{panel}.format" for panel in PANELS),
+            "molecular.cnv.workflow",
+        ),
+        "morphome.download.manifest",
+    ),
+    "fetch": Step((), "morphome.download.fetch"),
+    "published": Step((), "morphome.download.published"),
     "cohort": Step(
-        ("cohort", "slides.sheet", "slides.folder", "features.source", "features.path"),
+        ("cohort", "gdc.projects", "slides.sheet", "slides.folder", "features.source", "features.path"),
         "morphome.cohort.manifest",
     ),
-    "genes": Step(("molecular",), "morphome.genomics.panels"),
-    "tile": Step(("tiling", "slides.reader"), "morphome.slides.tile"),
+    "genes": Step(("molecular", "cohort.sample_types"), "morphome.genomics.panels"),
+    "tile": Step(("tiling", "slides.reader"), "morphome.slides.tile_job"),
     # How an encoder is run (weights, device, runtime, batch) is not among its settings: the vectors are the same, and
     # other weights give another fingerprint and so another folder.
     "encode": Step(

@@ -9,14 +9,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from morphome.cohort.slide_sheet import SlideRow, read_slide_sheet
 from morphome.errors import MorphomeError
-from morphome.paths import PANELS, Paths
+from morphome.paths import GDC_TABLES, PANELS, Paths
+
+#: Formats of molecular tables that are files of the GDC, and the kind of file that each reads.
+_GDC_KINDS = {"star_counts": "rna", "maf": "mut", "gdc_gene_level": "cnv"}
+
+
+def slide_rows(config: Mapping[str, Any]) -> list[SlideRow]:
+    """The chosen slides of the sheet (``slides.sheet``), in its order.
+
+    Raises:
+        MorphomeError: as :func:`morphome.cohort.slide_sheet.read_slide_sheet`.
+    """
+    sheet, folder = Path(config["slides"]["sheet"]), config["slides"].get("folder")
+    return read_slide_sheet(sheet, Path(folder) if folder else None, codes=config["cohort"]["sample_types"])[0]
 
 
 def slide_paths(config: Mapping[str, Any]) -> dict[str, Path]:
     """``{slide_id: file}`` of every slide that can be tiled, in the order of the sheet.
 
-    Slides that the sheet lists without a file on disk stay out; the cohort manifest names them.
+    Slides that the sheet lists without a file on disk stay out; the cohort manifest names them. Slides of the GDC are
+    all there: they are fetched when they are needed.
 
     Raises:
         MorphomeError: no slide of the sheet was found.
@@ -28,23 +43,43 @@ def slide_paths(config: Mapping[str, Any]) -> dict[str, Path]:
 
         folder = Paths(config).simulated / "slides"
         return {slide.slide_id: folder / slide.file_name for slide in design(config["simulate"]).slides}
-    from morphome.cohort.slide_sheet import read_slide_sheet
-
-    sheet, folder = Path(config["slides"]["sheet"]), config["slides"].get("folder")
-    rows, _ = read_slide_sheet(sheet, Path(folder) if folder else None)
-    found = {row.slide_id: Path(row.path) for row in rows if Path(row.path).exists()}
+    rows = slide_rows(config)
+    found = {row.slide_id: Path(row.path) for row in rows if "gdc" in config or Path(row.path).exists()}
     if not found:
         raise MorphomeError(
-            f"{sheet}: none of its {len(rows)} slides was found on disk",
+            f"{config['slides']['sheet']}: none of its {len(rows)} slides was found on disk",
             "check the paths in the sheet, or slides.folder",
         )
     return found
 
 
-def encode_jobs(config: Mapping[str, Any], slides: Sequence[str]) -> list[list[str]]:
-    """Slides in groups of ``slides.per_job``: one job encodes a group, so that an encoder is loaded once for all."""
+def slide_jobs(config: Mapping[str, Any], slides: Sequence[str]) -> list[list[str]]:
+    """Slides in groups of ``slides.per_job``: one job takes a group."""
     size = config["slides"]["per_job"]
     return [list(slides[start : start + size]) for start in range(0, len(slides), size)]
+
+
+def gdc_kinds(config: Mapping[str, Any]) -> list[str]:
+    """Kinds of molecular files that are fetched from the GDC: ``rna``, ``mut``, ``cnv``."""
+    if "gdc" not in config:
+        return []
+    tables = [config["molecular"].get(panel, {}).get("format") for panel in PANELS]
+    return sorted({_GDC_KINDS[name] for name in tables if name in _GDC_KINDS})
+
+
+def pinned_files(config: Mapping[str, Any]) -> list[Path]:
+    """The tables of the earlier run that ``gdc.pinned`` names; empty without it."""
+    folder = config.get("gdc", {}).get("pinned")
+    return [Path(folder) / name for name in GDC_TABLES] if folder else []
+
+
+def fetched_weights(config: Mapping[str, Any]) -> bool:
+    """Whether the workflow fetches the weights of the encoder: they are public, and their checksum is known."""
+    if config["features"]["source"] == "external":
+        return False
+    from morphome.features.weights import promised_sha256
+
+    return promised_sha256(config["features"]) is not None
 
 
 def run_folders(config: Mapping[str, Any]) -> list[tuple[str, Path]]:
@@ -67,11 +102,12 @@ def simulated_files(config: Mapping[str, Any]) -> list[Path]:
 
 
 def molecular_files(config: Mapping[str, Any]) -> list[Path]:
-    """Input files of the molecular tables and gene groups."""
-    molecular = config["molecular"]
+    """Input files of the molecular tables and gene groups; of the GDC's, the lists of those that were fetched."""
+    molecular, paths = config["molecular"], Paths(config)
     named = [Path(molecular["sheet"])] if "sheet" in molecular else []
+    named += [paths.fetched(kind) for kind in gdc_kinds(config)]
     for part in (*PANELS, "groups"):
-        if part in molecular:
+        if part in molecular and not ("gdc" in config and molecular[part].get("format") in _GDC_KINDS):
             named += _files_of(config, Path(molecular[part]["path"]), depth=2)
     return sorted(set(named))
 

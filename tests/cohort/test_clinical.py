@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import zipfile
 
 import numpy as np
-import openpyxl
-import pandas as pd
 import pytest
 
 from morphome.cohort.clinical import read_clinical
-from morphome.cohort.flow import drop_unusable, fill_covariates
+from morphome.cohort.flow import drop_unusable
 from morphome.cohort.values import grade_of, is_missing, stage_of
 from morphome.errors import MorphomeError, MorphomeWarning
 
@@ -84,7 +81,7 @@ def test_csv_table(tmp_path):
         "with follow-up time": ["D"],
         "with time above zero": ["C"],
     }
-    assert [step["after"] for step in steps] == [5, 5, 4, 3, 2]
+    assert [step["after"] for step in steps] == [5, 5, 4, 3, 3, 2]
 
 
 def test_csv_months_and_barcode_site(tmp_path):
@@ -153,7 +150,7 @@ def test_days_declared_as_months_are_refused(tmp_path):
     path.write_text("patient_id,time,event\nA,1825,1\nB,30,0\n")
     with pytest.raises(MorphomeError, match=r"largest time is 1825.*cohort\.time_unit"):
         read_clinical("csv", path)
-    assert read_clinical("csv", path, time_unit="days").notes == {"rows": 2}
+    assert read_clinical("csv", path, time_unit="days").notes == {"rows": 2, "time_zero": "as the own table has it"}
     path.write_text("patient_id,time,event\nA,120,1\nB,30,0\n")
     with pytest.warns(MorphomeWarning, match=r"cohort\.time_unit is days, but the largest time is 120"):
         assert "120 days" in read_clinical("csv", path, time_unit="days").notes["time_unit"]
@@ -190,143 +187,6 @@ def test_missing_file_is_named(tmp_path):
     for name in ("csv", "gdc_clinical", "porpoise", "tcga_cdr"):
         with pytest.raises(MorphomeError, match=r"no\.xlsx"):
             read_clinical(name, tmp_path / "no.xlsx")
-
-
-# --- GDC portal ------------------------------------------------------------------------------------------
-
-GDC = (
-    "case_submitter_id\tvital_status\tdays_to_death\tdays_to_last_follow_up\tgender\tage_at_diagnosis\t"
-    "ajcc_pathologic_stage\ttreatment_type\n"
-)
-
-
-def gdc_file(tmp_path, rows, header=GDC):
-    path = tmp_path / "clinical.tsv"
-    path.write_text(header + "".join("\t".join(row) + "\n" for row in rows))
-    return path
-
-
-def test_gdc_clinical(tmp_path):
-    none = "'--"
-    rows = [
-        ("TCGA-05-0001", "Dead", "609", none, "male", "21915", "Stage IIA", "a"),
-        ("TCGA-05-0001", "Dead", "609", "100", "male", "21915", "Stage IIA", "b"),
-        ("TCGA-05-0002", "Alive", none, "100", "female", none, none, "a"),
-        ("TCGA-05-0002", "Alive", none, "1000", "female", none, none, "b"),
-        ("TCGA-05-0003", "Dead", none, "50", "male", none, none, "a"),
-        ("TCGA-05-0004", "Not Reported", none, "50", "not reported", none, none, "a"),
-        ("TCGA-05-0005", "Alive", none, "-64", "male", none, none, "a"),
-        ("TCGA-05-0006", "Alive", none, none, "male", none, none, "a"),
-    ]
-    found = read_clinical("gdc_clinical", gdc_file(tmp_path, rows))
-    table, steps = drop_unusable(found)
-    assert table["patient_id"].tolist() == ["TCGA-05-0001", "TCGA-05-0002"]
-    assert table["event"].tolist() == [1, 0]
-    np.testing.assert_allclose(table["time_months"], [609 / 30.4375, 1000 / 30.4375], rtol=1e-15)
-    assert table["age_years"][0] == pytest.approx(60.0) and np.isnan(table["age_years"][1])
-    assert table["stage"][0] == 2 and table["sex"].tolist() == ["male", "female"]
-    assert steps_of(steps) == {
-        "with event status": ["TCGA-05-0004"],
-        "with follow-up time": ["TCGA-05-0003", "TCGA-05-0006"],
-        "with time above zero": ["TCGA-05-0005"],
-    }
-    reasons = {step["name"]: step["reason"] for step in steps}
-    assert "dead without days to death" in reasons["with follow-up time"]
-
-
-def test_gdc_clinical_new_column_names_and_primary_diagnosis(tmp_path):
-    header = (
-        "cases.submitter_id\tdemographic.vital_status\tdemographic.days_to_death\tdiagnoses.days_to_last_follow_up\t"
-        "demographic.sex_at_birth\tdiagnoses.figo_stage\tdiagnoses.diagnosis_is_primary_disease\t"
-        "follow_ups.days_to_follow_up\tdemographic.age_at_index\n"
-    )
-    rows = [
-        ("P1", "Alive", "'--", "10", "female", "Stage IV", "false", "900", "61"),
-        ("P1", "Alive", "'--", "10", "female", "Stage IB", "true", "'--", "61"),
-    ]
-    table = read_clinical("gdc_clinical", gdc_file(tmp_path, rows, header)).table
-    assert table.loc[0, ["sex", "stage", "age_years"]].tolist() == ["female", 1.0, 61.0]
-    assert table["time_months"][0] == pytest.approx(900 / 30.4375)
-
-
-def test_gdc_clinical_gzip_equals_plain(tmp_path):
-    path = gdc_file(tmp_path, [("P1", "Dead", "30", "'--", "male", "'--", "'--", "a")])
-    packed = tmp_path / "clinical.tsv.gz"
-    packed.write_bytes(gzip.compress(path.read_bytes()))
-    pd.testing.assert_frame_equal(
-        read_clinical("gdc_clinical", path).table, read_clinical("gdc_clinical", packed).table
-    )
-
-
-def test_gdc_clinical_errors(tmp_path):
-    path = gdc_file(tmp_path, [("P1", "Dead", "30", "'--", "male", "'--", "'--", "a")])
-    with pytest.raises(MorphomeError, match="tcga_cdr"):
-        read_clinical("gdc_clinical", path, endpoint="PFI")
-    clash = gdc_file(tmp_path, [("P1", "Dead", d, "'--", "male", "'--", "'--", "a") for d in ("30", "31")])
-    with pytest.raises(MorphomeError, match="patient P1 differ"):
-        read_clinical("gdc_clinical", clash)
-    with pytest.raises(MorphomeError, match="no patient id"):
-        read_clinical("gdc_clinical", gdc_file(tmp_path, [("'--", "Dead", "30", "", "", "", "", "")]))
-    with pytest.raises(MorphomeError, match="no column vital_status"):
-        read_clinical("gdc_clinical", gdc_file(tmp_path, [("P1", "3")], "case_submitter_id\tdays_to_death\n"))
-
-
-def test_damaged_gzip_is_named(tmp_path):
-    path = tmp_path / "clinical.tsv.gz"
-    path.write_bytes(gzip.compress(b"case_submitter_id\tvital_status\n" * 100)[:40])
-    with pytest.raises(MorphomeError, match=r"clinical\.tsv\.gz: damaged"):
-        read_clinical("gdc_clinical", path)
-
-
-# --- TCGA-CDR --------------------------------------------------------------------------------------------
-
-
-def cdr_file(tmp_path, rows, sheet="TCGA-CDR"):
-    book = openpyxl.Workbook()
-    page = book.active
-    page.title = sheet
-    page.append(
-        [
-            *("", "bcr_patient_barcode", "age_at_initial_pathologic_diagnosis", "gender"),
-            *("ajcc_pathologic_tumor_stage", "clinical_stage", "histological_type", "histological_grade"),
-            *("Redaction", "OS", "OS.time", "PFI", "PFI.time"),
-        ]
-    )
-    for row in rows:
-        page.append(["1", *row])
-    path = tmp_path / "cdr.xlsx"
-    book.save(path)
-    return path
-
-
-def test_tcga_cdr(tmp_path):
-    na = "[Not Available]"
-    path = cdr_file(
-        tmp_path,
-        [
-            ["TCGA-05-0001", 60, "FEMALE", "Stage IIIA", na, "x", "G3", None, 1, 609, 1, 61],
-            ["TCGA-05-0002", na, "MALE", "[Not Applicable]", "Stage IB1", "x", "GX", None, 0, 487, na, na],
-            ["TCGA-05-0003", 60, "MALE", na, na, "x", na, "Redacted", 1, 609, 1, 61],
-            ["TCGA-05-0004", 60, "MALE", na, na, "x", na, None, 1, "#N/A", 0, 30],
-            ["TCGA-05-0005", 60, "MALE", na, na, "x", na, None, 0, 0, 0, 0],
-        ],
-    )
-    table, steps = drop_unusable(read_clinical("tcga_cdr", path))
-    assert table["patient_id"].tolist() == ["TCGA-05-0001", "TCGA-05-0002"]
-    assert table["stage"].tolist() == [3, 1]  # pathologic, else clinical
-    assert table["time_months"].tolist() == [609 / 30.4375, 487 / 30.4375]
-    assert steps_of(steps) == {
-        "not redacted": ["TCGA-05-0003"],
-        "with follow-up time": ["TCGA-05-0004"],
-        "with time above zero": ["TCGA-05-0005"],
-    }
-    table, steps = drop_unusable(read_clinical("tcga_cdr", path, endpoint="PFI"))
-    assert table["patient_id"].tolist() == ["TCGA-05-0001", "TCGA-05-0004"]
-    assert steps_of(steps)["with event status"] == ["TCGA-05-0002"]
-    with pytest.raises(MorphomeError, match="no column 'DSS'"):
-        read_clinical("tcga_cdr", path, endpoint="DSS")
-    with pytest.raises(MorphomeError, match="TCGA-CDR"):
-        read_clinical("tcga_cdr", cdr_file(tmp_path, [], sheet="Other"))
 
 
 # --- PORPOISE shape --------------------------------------------------------------------------------------
@@ -375,108 +235,34 @@ def test_porpoise_errors(tmp_path):
         read_clinical("porpoise", tmp_path / "two.zip")
 
 
-# --- covariates ------------------------------------------------------------------------------------------
+def test_survpath_tables_have_three_end_points(tmp_path):
+    path = tmp_path / "t.csv"
+    head = "case_id,slide_id,survival_months,censorship,survival_months_dss,censorship_dss,survival_months_pfi,"
+    path.write_text(head + "censorship_pfi\nP1,a,20,0,20,1,10,0\nP1,b,20,0,20,1,10,0\nP2,c,9,1,9,1,,\n")
+    for endpoint, times, status in (
+        ("OS", [20, 9], [1, 0]),
+        ("DSS", [20, 9], [0, 0]),
+        ("PFI", [10, np.nan], [1, np.nan]),
+    ):
+        found = read_clinical("porpoise", path, endpoint=endpoint)
+        np.testing.assert_array_equal(found.table["time_months"], times)
+        np.testing.assert_array_equal(found.table["event"], status)
+        assert found.n_records == 3 and len(found.slides) == 3
+    assert found.table["why"].tolist() == ["", "censorship_pfi is empty"]
+    with pytest.raises(MorphomeError, match=r"has the end points OS, DSS, PFI, but cohort\.endpoint is DFI"):
+        read_clinical("porpoise", path, endpoint="DFI")
+    path.write_text(path.read_text().replace("P1,b,20,0,20,1,10,0", "P1,b,20,0,20,0,10,0"))
+    with pytest.raises(MorphomeError, match="P1 differ in column 'censorship_dss'"):
+        read_clinical("porpoise", path)
 
 
-def test_covariates_fill_and_override(tmp_path):
-    first, second = tmp_path / "a.csv", tmp_path / "b.csv"
-    first.write_text("patient_id,time,event,age,stage,sex\nA,1,1,60,1,F\nB,1,0,,2,\nC,1,0,50,,M\n")
-    second.write_text("patient_id,age,stage,sex\nB,70,3,M\nA,60.5,,M\nZ,1,1,M\n")
-    patients, _ = drop_unusable(read_clinical("csv", first))
-    merged, notes = fill_covariates(patients, read_clinical("csv", second, outcome=False))
-    assert merged["patient_id"].tolist() == ["A", "B", "C"]
-    assert merged["age_years"].tolist() == [60.5, 70.0, 50.0]
-    np.testing.assert_array_equal(merged["stage"], [1.0, 3.0, np.nan])
-    assert merged["sex"].tolist() == ["male", "male", "male"]
-    assert (notes["matched"], notes["unmatched"]) == (2, ["C"])
-    assert notes["columns"]["stage"] == {"filled": 0, "overridden": 1, "missing": 1}
-    assert notes["columns"]["age_years"] == {"filled": 1, "overridden": 0, "missing": 0}
-    assert notes["columns"]["sex"] == {"filled": 1, "overridden": 1, "missing": 0}
-    np.testing.assert_array_equal(merged[["time_months", "event"]], patients[["time_months", "event"]])
-
-
-def test_covariates_may_name_the_institution(tmp_path):
-    first, second = tmp_path / "a.csv", tmp_path / "b.csv"
-    first.write_text("patient_id,time,event\nTCGA-AA-0001,1,1\nTCGA-BB-0002,1,0\nTCGA-CC-0003,1,0\n")
-    second.write_text("patient_id,age,site\nTCGA-BB-0002,60,Mayo\nTCGA-AA-0001,61,Mayo\n")
-    patients, _ = drop_unusable(read_clinical("csv", first))
-    assert patients["site"].tolist() == ["AA", "BB", "CC"]
-    merged, notes = fill_covariates(patients, read_clinical("csv", second, outcome=False))
-    assert merged["site"].tolist() == ["Mayo", "Mayo", "CC"]
-    assert notes["sites_given"] == 2
-
-
-def test_covariates_table_without_covariates(tmp_path):
-    path = tmp_path / "b.csv"
-    path.write_text("patient_id,x\nA,1\n")
-    with pytest.raises(MorphomeError, match="none of the columns age"):
-        read_clinical("csv", path, outcome=False)
-
-
-# --- real tables -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def cdr(shared_data):
-    return read_clinical("tcga_cdr", shared_data / "tables" / "tcga_cdr" / "TCGA-CDR-SupplementalTableS1.xlsx")
-
-
-def porpoise(shared_data, cohort):
-    return read_clinical("porpoise", shared_data / "tables" / "porpoise" / f"tcga_{cohort}_all_clean.csv.zip")
-
-
-@pytest.mark.parametrize(
-    ("cohort", "slides", "patients", "deaths"),
-    [
-        ("hnsc", 437, 416, 197),
-        ("blca", 437, 373, 169),
-        ("ucec", 538, 480, 75),
-        ("luad", 515, 453, 158),
-        ("brca", 1022, 956, 130),
-        ("gbmlgg", 1011, 569, 187),
-    ],
-)
-def test_real_porpoise_counts_and_cdr_events(shared_data, cdr, cohort, slides, patients, deaths):
-    found = porpoise(shared_data, cohort)
-    table, _ = drop_unusable(found)
-    assert (len(found.slides), len(table), table["event"].sum()) == (slides, patients, deaths)
-    joined = table.merge(cdr.table, on="patient_id", suffixes=("", "_cdr"))
-    assert len(joined) == patients
-    assert (joined["event"] == joined["event_cdr"]).all()
-
-
-def test_real_cdr_counts(cdr):
-    table = cdr.table
-    assert len(table) == 11160
-    assert table["time_months"].isna().sum() == 66
-    assert table["event"].isna().sum() == 9
-    assert (table["time_months"] == 0).sum() == 108
-    assert table["redacted"].sum() == 57
-    kept, steps = drop_unusable(cdr)
-    assert steps[0]["before"] - sum(len(step["excluded"]) for step in steps) == len(kept)
-    assert cdr.notes["stage_words_without_number"]["Stage X"] == 13
-
-
-@pytest.mark.parametrize(
-    ("cohort", "with_stage"),
-    # BRCA: 945 have a stage text, 11 of them "Stage X"; HNSC: pathologic or clinical
-    [("blca", 371), ("luad", 446), ("brca", 934), ("ucec", 480), ("gbmlgg", 0)],
-)
-def test_real_stage_counts(shared_data, cdr, cohort, with_stage):
-    patients, _ = drop_unusable(porpoise(shared_data, cohort))
-    merged, notes = fill_covariates(patients, cdr)
-    assert merged["stage"].notna().sum() == with_stage
-    assert notes["unmatched"] == []
-    assert notes["columns"]["sex"]["overridden"] == 0 and notes["columns"]["age_years"]["overridden"] == 0
-
-
-def test_real_gdc_clinical(shared_data, cdr):
-    found = read_clinical("gdc_clinical", shared_data / "gdc" / "clinical_tsv" / "BLCA_clinical.tsv.gz")
-    assert (len(found.table), found.notes["rows"]) == (386, 772)
-    table, steps = drop_unusable(found)
-    assert len(table) == 379
-    assert len(steps_of(steps)["with follow-up time"]) == 2  # dead without days_to_death
-    assert table["stage"].notna().sum() == 377
-    joined = table.merge(cdr.table, on="patient_id", suffixes=("", "_cdr"))
-    agree = joined["event"] == joined["event_cdr"]
-    assert len(joined) == 379 and agree.mean() > 0.98
+def test_months_of_thirty_days_are_told(tmp_path):
+    path = tmp_path / "t.csv"
+    head = "case_id,slide_id,survival_months,censorship\n"
+    days = range(100, 130)
+    path.write_text(head + "".join(f"P{n},s{n},{n / 30},0\n" for n in days))
+    found = read_clinical("porpoise", path)
+    assert "months are of 30 days" in found.notes["month_days"]
+    assert found.table["time_months"].iloc[0] == pytest.approx(100 / 30)  # left as it is
+    path.write_text(head + "".join(f"P{n},s{n},{n / 30.44:.2f},0\n" for n in days))
+    assert "month_days" not in read_clinical("porpoise", path).notes

@@ -91,7 +91,7 @@ def test_gdc_files_lie_under_their_id_or_plainly(tmp_path):
     assert [row.path for row in chosen] == [
         str(tmp_path / "idA" / name.format("A")),
         str(tmp_path / name.format("B")),
-        str(tmp_path / name.format("C")),
+        str(tmp_path / "idC" / name.format("C")),  # not there: where it would be fetched to
     ]
 
 

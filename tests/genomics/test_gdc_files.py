@@ -1,4 +1,4 @@
-"""STAR counts, MAF and gene-level copy number as the GDC hands them out."""
+"""STAR counts and gene-level copy number as the GDC hands them out, and the choice of their files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from morphome.errors import MorphomeError
-from morphome.genomics.gdc_files import choose_files, choose_samples
+from morphome.genomics.gdc_files import choose_files
 from morphome.genomics.sources import read_panel
 
 HEADER = "File ID\tFile Name\tData Category\tData Type\tProject ID\tCase ID\tSample ID\tSample Type\n"
@@ -116,73 +116,50 @@ def test_sheet_errors(tmp_path):
         read_panel("rna", table, tmp_path / "own.tsv")
 
 
-def maf(*rows: tuple[str, str, str]) -> bytes:
-    """A gzipped MAF with ``(gene, class, barcode)``."""
-    lines = [
-        "#version gdc-1.0.0",
-        "#tumor.aliquot x",
-        "Hugo_Symbol\tCenter\tVariant_Classification\tTumor_Sample_Barcode",
-    ]
-    lines += [f"{gene}\tWUGSC #1\t{kind}\t{barcode}" for gene, kind, barcode in rows]
-    return gzip.compress(("\n".join(lines) + "\n").encode())
+def test_star_values(tmp_path):
+    folder = Folder(tmp_path, RNA)
+    rows = star(A, B, B_TWIN).decode().replace("\t1\t1\t1\t", "\t16777217\t1\t1\t")
+    folder.add("u1", "x.tsv", "TCGA-05-0001", "TCGA-05-0001-01A", rows.encode())
+    tpm = folder.read("rna", "star_counts", values="tpm")
+    assert (tpm.value_type, tpm.unit, tpm.values.tolist()) == ("tpm", "transcripts per million", [[3, 7]])
+    counts = folder.read("rna", "star_counts", values="counts")
+    assert (counts.value_type, counts.unit) == ("counts", "reads")
+    # 16,777,217 is no float32: one count is rounded, the sum 33,554,434 of the two genes called GB is not
+    assert counts.values.tolist() == [[16777216, 33554434]]
+    assert counts.notes["counts_rounded_to_7_digits"] == 1
+    with pytest.raises(MorphomeError, match=r"molecular\.rna\.values: 'fpkm'(.|\n)*log2_tpm, tpm, counts"):
+        folder.read("rna", "star_counts", values="fpkm")
 
 
-def test_maf_per_patient(tmp_path):
-    folder = Folder(tmp_path, MAF)
-    one, two = "TCGA-05-0001-01A-11D-1893-08", "TCGA-05-0002-01A-11D-1893-08"
-    pair = "{0}, {0}", "{0}-01A, {0}-10A"
-    rows = [("TP53", "Missense_Mutation", one), ("TTN", "Silent", one), ("KRAS", "Intron", one)]
-    for number, content in enumerate(
-        [maf(*rows), maf(("TTN", "Splice_Site", two), ("Unknown", "In_Frame_Del", two)), maf()]
-    ):
-        case = f"TCGA-05-000{number + 1}"
-        folder.add(f"u{number}", "x.maf.gz", pair[0].format(case), pair[1].format(case), content)
-    panel = folder.read("mut", "maf")
-    assert panel.genes == ["TP53", "TTN"]  # only those mutated at least once
-    # the third patient was sequenced and has no mutation: zeros, not absent
-    assert panel.patients == ["TCGA-05-0001", "TCGA-05-0002", "TCGA-05-0003"]
-    assert panel.values.tolist() == [[1, 0], [0, 1], [0, 0]] and panel.value_type == "binary"
+def test_local_path_and_size_of_the_sheet(tmp_path):
+    elsewhere = tmp_path / "elsewhere" / "mine.tsv"
+    elsewhere.parent.mkdir()
+    elsewhere.write_bytes(star(A))
+    sheet = tmp_path / "sheet.tsv"
+    head = HEADER.rstrip("\n") + "\tWorkflow Type\tFile Size\tLocal Path\n"
+    row = f"u1\tx.tsv\tx\t{RNA}\tTCGA-X\tTCGA-05-0001\tTCGA-05-0001-01A\tPrimary Tumor\tSTAR - Counts\t{{}}\t{{}}\n"
+    table = {"format": "star_counts", "path": str(tmp_path / "not" / "there")}
+    sheet.write_text(head + row.format(elsewhere.stat().st_size, elsewhere))
+    assert read_panel("rna", table, sheet).values.tolist() == [[2]]
+    sheet.write_text(head + row.format(7, elsewhere))
+    with pytest.raises(MorphomeError, match=r"mine\.tsv: \d+ bytes, but .*sheet\.tsv says 7 \(patient TCGA-05-0001"):
+        read_panel("rna", table, sheet)
+    sheet.write_text(head + row.format("", ""))
+    with pytest.raises(MorphomeError, match=r"x\.tsv: file not found, nor in its folder u1"):
+        read_panel("rna", table, sheet)
 
 
-def test_maf_of_another_patient_is_refused(tmp_path):
-    folder = Folder(tmp_path, MAF)
-    folder.add(
-        "u", "x.maf.gz", "TCGA-05-0001", "TCGA-05-0001-01A", maf(("TP53", "Silent", "TCGA-05-0002-01A-11D-1893-08"))
-    )
-    with pytest.raises(MorphomeError, match=r"x\.maf\.gz: holds sample TCGA-05-0002"):
-        folder.read("mut", "maf")
-
-
-def test_one_maf_of_many_samples(tmp_path):
-    path = tmp_path / "all.maf.gz"
-    path.write_bytes(
-        maf(
-            ("TP53", "Missense_Mutation", "TCGA-05-0001-01A-11D-1893-08"),
-            ("KRAS", "Missense_Mutation", "TCGA-05-0001-02A-11D-1893-08"),
-            ("TTN", "Silent", "TCGA-05-0002-01A-11D-1893-08"),
-            ("FLT3", "In_Frame_Ins", "TCGA-AB-3009-03A-01W-0745-08"),
-        )
-    )
-    panel = read_panel("mut", {"format": "maf", "path": str(path)}, None)
-    assert panel.patients == ["TCGA-05-0001", "TCGA-05-0002", "TCGA-AB-3009"]
-    assert panel.genes == ["FLT3", "TP53"]
-    assert panel.values.tolist() == [[0, 1], [0, 0], [1, 0]]
-
-
-def test_sample_choice_lowest_vial_then_highest_portion_and_plate():
-    name = "TCGA-05-0001-{}-{}D-{}-08".format
-    best = name("01A", "21", "1893")
-    others = [
-        name("01B", "31", "9999"),
-        name("01A", "11", "9999"),
-        name("01A", "21", "1500"),
-        name("06A", "99", "9999"),
-    ]
-    for order in ([best, *others], [*others, best], [*others[2:], best, *others[:2]]):
-        chosen, left_out = choose_samples(order)
-        assert chosen == {"TCGA-05-0001": best}
-        assert left_out == {"further sample of the same patient": 4}
-    assert choose_samples(["mine", "TCGA-05-0002-11A-11D-1893-08"]) == ({"mine": "mine"}, {"sample type 11": 1})
+def test_sample_types_choose_files(tmp_path):
+    folder = Folder(tmp_path, RNA)
+    for file_id, sample, tpm in (("u1", "01A", "1"), ("u2", "06A", "3"), ("u3", "02A", "7")):
+        folder.add(file_id, "x.tsv", "TCGA-05-0001", f"TCGA-05-0001-{sample}", star(("ENSG1.1", "G", tpm)))
+    table = {"format": "star_counts", "path": str(tmp_path)}
+    for codes, value in ((("01", "03", "06"), 1), (("06", "01"), 2), (("02",), 3)):
+        panel = read_panel("rna", table, folder.sheet, codes)
+        assert panel.values.tolist() == [[value]]
+        assert panel.notes["rule_for_samples"].startswith(f"sample code {codes[0]}")
+    with pytest.raises(MorphomeError, match=r"codes 05(.|\n)*cohort\.sample_types"):
+        read_panel("rna", table, folder.sheet, ("05",))
 
 
 def cnv(*genes: tuple[str, str, str]) -> bytes:
@@ -229,20 +206,3 @@ def test_several_patients_in_one_file_are_left_out(tmp_path):
     folder.add("u2", "b.tsv", "TCGA-05-0001, TCGA-05-0002", "", star(A))
     files, left_out = choose_files("star_counts", tmp_path, folder.sheet, "molecular.rna")
     assert list(files) == ["TCGA-05-0001"] and left_out == {"several patients in one file": 1}
-
-
-def test_real_maf_against_the_porpoise_columns(shared_data):
-    """479 shared patients: protein-changing calls agree for IDH1 and TP53 in all, for TTN in 98.5 %."""
-    called = read_panel("mut", {"format": "maf", "path": str(shared_data / "tables/maf/mc3_LGG.maf.gz")}, None)
-    path = shared_data / "tables/porpoise/tcga_gbmlgg_all_clean.csv.zip"
-    table = read_panel("mut", {"format": "porpoise", "path": str(path)}, None)
-    assert called.values.shape[0] == 511 and called.notes["left_out"] == {"sample type 02": 14}
-    shared = sorted(set(called.patients) & set(table.patients))
-    assert len(shared) == 479
-    for gene, least in (("IDH1", 1.0), ("TP53", 1.0), ("TTN", 0.98)):
-        pair = [
-            panel.values[[panel.patients.index(p) for p in shared], panel.genes.index(gene)]
-            for panel in (called, table)
-        ]
-        assert (pair[0] == pair[1]).mean() >= least
-        assert 0 < pair[0].mean() < 1

@@ -51,10 +51,11 @@ def command(files, tmp_path):
 
 def test_both_steps_over_a_good_and_a_bad_slide(command):
     """A bad slide is a result, not an error: the cohort goes on."""
-    assert command("tile", "--slide", "good", "--path", str(command.good)).returncode == 0
-    done = command("tile", "--slide", "bad", "--path", str(command.bad))
+    assert command("tile", "good").returncode == 0
+    done = command("tile")
     assert done.returncode == 0, done.stderr
-    assert "bad: failed, unreadable:" in done.stdout
+    assert "good: as before" in done.stdout
+    assert "bad: 0 tiles: failed, unreadable:" in done.stdout
     for words in (str(command.bad), f"{len(PAGE)} bytes", "<html><body>", "Remedy: fetch the file again"):
         assert words in done.stdout
     assert "Traceback" not in done.stderr
@@ -71,20 +72,22 @@ def test_both_steps_over_a_good_and_a_bad_slide(command):
 
 
 def test_a_missing_file_and_missing_tiles_are_errors(command):
-    done = command("tile", "--slide", "good", "--path", "-gone.svs")
-    assert done.returncode == 1
-    assert "-gone.svs" in done.stderr
-    assert "Remedy" in done.stderr
     done = command("encode", "good")
     assert done.returncode == 1
     assert "good.h5: file not found" in done.stderr
+    assert "Remedy" in done.stderr
+    command.good.unlink()
+    done = command("tile", "good")
+    assert done.returncode == 1
+    assert "slide 'good'" in done.stderr
+    assert "gone" in done.stderr
     assert "Remedy" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_a_folder_that_cannot_be_written(command):
     (command.folder / "results").write_text("a file where the folder of results should be")
-    done = command("tile", "--slide", "good", "--path", str(command.good))
+    done = command("tile", "good")
     assert done.returncode == 1
     assert "cannot be written" in done.stderr
     assert "Remedy: check" in done.stderr

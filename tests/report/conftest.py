@@ -12,6 +12,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from morphome.files import write_json, write_parquet
+from morphome.genomics.groups import match_groups
 from morphome.report.inputs import ReportInputs
 
 HORIZON = 24.0
@@ -83,6 +84,8 @@ class Factory:
     """Writes one run. ``external``: no thumbnails, no timings; ``only``: names of the rows to keep.
 
     ``mixed``: slides of several scanners with flags, refusals, assumptions and failed tiles of every kind.
+    ``gdc``: a cohort as the GDC gives it: a long flow with joined records, hospitals with several codes, all slides
+    listed, four molecular tables, many gene groups, and the query.
     """
 
     def __init__(
@@ -98,11 +101,12 @@ class Factory:
         groups=True,
         horizon: float | None = HORIZON,
         mixed=False,
+        gdc=False,
         seed=3,
     ) -> None:
         self.root, self.n, self.repeats, self.folds = root, patients, repeats, folds
         self.rows = {k: v for k, v in ROWS.items() if only is None or k in only}
-        self.mixed = mixed
+        self.mixed, self.gdc = mixed, GdcCohort(self) if gdc else None
         self.external, self.oracle, self.groups, self.horizon = external, oracle, groups, horizon
         self.rng = np.random.default_rng(seed)
         self.config: dict[str, Any] = {
@@ -126,7 +130,9 @@ class Factory:
         self._runs()
         self._evaluation()
         r = self.root
+        extra = self.gdc.write() if self.gdc else {}
         return ReportInputs(
+            **extra,
             cohort_flow=r / "cohort/flow.json",
             analysis_flow=r / "analysis/flow.json",
             patients=r / "analysis/patients.parquet",
@@ -630,6 +636,135 @@ class Factory:
             "morphome.comparisons",
             pd.DataFrame(paired, columns=columns) if paired else empty,
         )
+
+
+class GdcCohort:
+    """What a cohort from the GDC adds to a run: the files before the analysis, and what they say of themselves."""
+
+    LEFT = 1000
+
+    def __init__(self, factory: Factory) -> None:
+        self.run = factory
+        long = "Institute of the Longest Name that any Broker of Tissue ever had, Department of Everything"
+        self.hospitals = {"AB": "Hospital <A> & Sons", "CD": "Hospital <A> & Sons", "EF": long}
+
+    def write(self) -> dict[str, Any]:
+        root = self.run.root
+        self._places()
+        self._flow()
+        self._groups()
+        panels = {name: root / f"genomics/{name}.parquet" for name in ("rna", "mut", "cnv", "expression")}
+        for name in panels:
+            self._panel(name)
+        self._query()
+        return {
+            "panels": panels,
+            "query": root / "gdc/query.json",
+            "cohort_slides": root / "cohort/slides.parquet",
+            "cohort_patients": root / "cohort/patients.parquet",
+        }
+
+    def _places(self) -> None:
+        """Hospitals by name, and all slides that the sheet lists, also those of patients without an outcome."""
+        run = self.run
+        people = pd.read_parquet(run.root / "analysis/patients.parquet")
+        people["site"] = [self.hospitals.get(code, code) for code in people["site"]]
+        people["slide_ids"] = [list(ids) for ids in people["slide_ids"]]
+        run._table("analysis/patients.parquet", "morphome.analysis", people)
+        ids = list(people["patient_id"])
+        lost = people.iloc[:1].assign(patient_id="TCGA-AB-9999", site="Hospital <A> & Sons")
+        everybody = pd.concat([people, lost]).drop(columns=["slide_ids", "n_slides", "n_tiles"])
+        run._table("cohort/patients.parquet", "morphome.patients", everybody)
+        self.left = [f"TCGA-{['AB', 'QQ', 'ZZ'][i % 3]}-{i:04d}" for i in range(self.LEFT)]
+        rows = [[slide, slide[:12], True, ""] for slide in run.slide_ids]
+        rows += [[f"{p}-01A-01-TS1", p, False, "not a diagnostic slide (TS: frozen section)"] for p in ids]
+        rows += [[f"{p}-01Z-00-DX1", p, False, "patient left out: time missing (x)"] for p in self.left[:30]]
+        table = pd.DataFrame(rows, columns=["slide_id", "patient_id", "included", "reason"])
+        run._table("cohort/slides.parquet", "morphome.slides", table)
+
+    def _flow(self) -> None:
+        run, n = self.run, self.run.n
+        steps: list[dict[str, Any]] = []
+
+        def step(name: str, unit: str, before: int, excluded: list[str], reason: str = "") -> int:
+            after = before - len(excluded)
+            keys = ("name", "unit", "before", "after", "excluded", "reason")
+            steps.append(dict(zip(keys, (name, unit, before, after, sorted(excluded), reason), strict=True)))
+            return after
+
+        many, gone = self.left[:900], [f"TCGA-AB-{i}" for i in range(7000, 7005)]
+        twice = [f"TCGA-AB-{1000 + 6 * i}" for i in range(3)]
+        total = n + 1 + 5 + self.LEFT
+        words = "two rows per patient, one per treatment"
+        total = step("one record per patient", "records", total + 6, [*twice, *twice], words)
+        step("listed in the clinical table", "patients", total, [])
+        left = step("not redacted", "patients", total, self.left[980:], "redacted by TCGA")
+        left = step("with event status", "patients", left, gone, "event status missing (Not Reported)")
+        why = "time missing (no days to death; no days to last follow-up)"
+        left = step("with follow-up time", "patients", left, many, why)
+        left = step("with time not negative", "patients", left, [])
+        left = step("with time above zero", "patients", left, self.left[900:960], "time zero")
+        slides = len(run.slide_ids) + n + 30
+        step("listed", "slides", slides, [])
+        frozen = [f"{p}-01A-01-TS1" for p in run.ids]
+        text = f"not a diagnostic slide (TS: frozen section): {n}"
+        slides = step("of the tumour under study", "slides", slides, frozen, text)
+        step("patient known", "slides", slides, [])
+        lost = [f"{p}-01Z-00-DX1" for p in self.left[:30]]
+        slides = step("patient with outcome", "slides", slides, lost, "patient left out by an earlier step")
+        step("file found", "slides", slides, [])
+        why = "no slide (cohort.require lists 'wsi')"
+        left = step("with a slide", "patients", left, self.left[960:980], why)
+        sources = [
+            {"role": "clinical", "format": "gdc_clinical", "path": "results/demo/gdc/clinical.tsv", "patients": total,
+             "time_zero": "diagnosis", "words": {"Not Reported": 5}, "surplus": ["x", "y"]},
+            {"role": "covariates", "format": "tcga_cdr", "path": "resources/published/TCGA-CDR.xlsx",
+             "patients": 11160, "matched": n, "redacted": []},
+            {"role": "slides", "path": "results/demo/gdc/sample_sheet.tsv", "slides": n + 49, "included": 19},
+        ]  # fmt: skip
+        run._json("cohort/flow.json", "morphome.flow", {"steps": steps, "sources": sources})
+        slide = "TCGA-AB-9999-01Z-00-DX1"
+        step("slides with features", "slides", slides, [slide], "unreadable: 1")
+        left = step("patients with a usable slide", "patients", left, ["TCGA-AB-9999"], "no usable slide")
+        step("patients with RNA", "patients", left, [])
+        assert left == n
+        run._json("analysis/flow.json", "morphome.flow", {"steps": steps, "sources": sources})
+
+    def _panel(self, name: str) -> None:
+        said = {
+            "rna": ("log2_tpm_plus_1", "log2(TPM + 1)", "star_counts", {"rule_for_symbols": "TPM are summed"}),
+            "mut": ("binary", "1 = protein-changing variant", "maf",
+                    {"rule_for_mutated": ["Missense_Mutation", "Splice_Site"], "by_class": {"Silent": 9667}}),
+            "cnv": ("copy_number", "total copies", "gdc_gene_level", {"odd": NASTY}),
+            "expression": ("counts", "reads", "star_counts", {"rounded": "counts above 16,777,216 are rounded"}),
+        }  # fmt: skip
+        value_type, unit, format_name, notes = said[name]
+        patients = [*self.run.ids[: self.run.n - 3], "TCGA-ZZ-0000"] if name == "mut" else self.run.ids
+        table = pd.DataFrame({"patient_id": patients} | {f"G{i}": np.float32(i) for i in range(5)})
+        rule = "of a patient's samples 01 before 03 before 06, then the lowest vial, then the smallest file id"
+        notes |= {"rule_for_samples": rule, "patients_without_value": []}
+        notes |= {"left_out": {"further file of the same patient": 12, "several patients in one file": 0}}
+        extra = {"panel": name, "value_type": value_type, "unit": unit, "n_files": len(patients), "notes": notes}
+        extra |= {"source": "resources/gdc", "format": format_name, "gene_ids": {"G0": "ENSG0"}}
+        self.run._table(f"genomics/{name}.parquet", "morphome.panel", table, **extra)
+
+    def _groups(self) -> None:
+        groups = {f"PATH_{i:02d}/<x>": [f"G{j}" for j in range(i % 7)] + ["18S rRNA", f"Z{i}"] for i in range(40)}
+        groups["Aromatic_amines_can_be_N-hydroxylated_or_N-dealkylated_by_CYP1A2"] = [
+            "G1",
+            *(f"W{i}" for i in range(90)),
+        ]
+        found = match_groups(groups, {"rna": [f"G{i}" for i in range(5)], "mut": ["G1"], "cnv": []}, 2)
+        self.run._json(
+            "groups.json", "morphome.groups", {**found, "source": "sets/h.gmt", "repeated": {"PATH_01/<x>": 2}}
+        )
+
+    def _query(self) -> None:
+        kinds = {"slides": (71, 42.5e9, 0), "rna": (52, 220e6, 52), "mut": (37, 4.1e5, 0), "cnv": (40, 12e6, 0)}
+        kinds = {k: dict(zip(("files", "bytes", "here"), v, strict=True)) for k, v in kinds.items()}
+        left_out = {"slides": {"first released after 45.0": 3}, "cnv": {"workflow AscatNGS": 40, "ABSOLUTE": 0}}
+        content = {"data_release": "45.0", "pin": "45.0", "time": "2026-11-21 19:20 UTC", "projects": ["TCGA-HNSC"]}
+        self.run._json("gdc/query.json", "morphome.gdc_query", {**content, "kinds": kinds, "left_out": left_out})
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ import pytest
 
 from morphome.errors import MorphomeError
 from morphome.files import read_parquet
+from morphome.report import cohort_view, records
 from morphome.report import format as fmt
-from morphome.report import records, sections
 from morphome.report.build import run_report
 from morphome.report.inputs import load_report
 
@@ -193,7 +193,7 @@ def test_flow_diagram_shows_starts_losses_and_the_end(complete):
     keys = ("name", "unit", "before", "after")
     data = load_report(inputs)
     flow = [dict(zip(keys, s, strict=True)) | {"excluded": ["x"] * (s[2] - s[3]), "reason": "why"} for s in steps]
-    boxes = sections.flow(dataclasses.replace(data, flow=flow))
+    boxes = cohort_view.flow(dataclasses.replace(data, flow=flow))
     found = [(b["kind"], b["n"], b["unit"], b["name"], b["checked"]) for b in boxes]
     assert found == [
         ("start", 9, "patients", "listed in the clinical table", ["event status", "age"]),

@@ -48,10 +48,11 @@ class Checkout:
         for part in ("Snakefile", "config.yaml"):
             shutil.copy(repository / part, folder / part)
 
-    def configure(self, **changes: dict) -> Path:
-        """Write the small run's configuration, with some sections replaced."""
+    def configure(self, **changes: dict | None) -> Path:
+        """Write the small run's configuration, with some sections replaced, or left out where they are None."""
         path = self.folder / "small.yaml"
-        path.write_text(yaml.safe_dump({**SMALL, **changes}, sort_keys=False))
+        sections = {key: section for key, section in {**SMALL, **changes}.items() if section is not None}
+        path.write_text(yaml.safe_dump(sections, sort_keys=False))
         return path
 
     def snakemake(self, *arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:

@@ -103,17 +103,27 @@ def test_another_tiling_redoes_every_slide_but_no_table(unchanged):
 
 
 def test_a_changed_slide_redoes_its_own_chain_and_what_depends_on_it(unchanged):
-    slides = sorted((results(unchanged) / "simulated" / "slides").rglob("*.svs"))
-    changed, other = slides[0], slides[1]
+    """Only its own group of slides is looked at again, and in it only this slide is worked on."""
+    root = results(unchanged)
+    marker = json.loads(next(root.glob("tiles/*/jobs/1.json")).read_text())
+    by_name = {path.stem: path for path in (root / "simulated" / "slides").rglob("*.svs")}
+    group = sorted(marker["slides"])
+    changed, other = by_name[group[0]], by_name[group[1]]
     kept = changed.stat()
     content = changed.read_bytes()
     try:
         changed.write_bytes(other.read_bytes())
-        expected = {f"tile {changed.stem}", "encode 1", "collect", "assemble", "split"}
+        expected = {"tile 1", "encode 1", "collect", "assemble", "split"}
         assert unchanged.jobs() == expected | RUNS | AFTER_TRAINING
+        before = {path: path.stat().st_mtime_ns for path in root.glob("*/*/*.h5")}
+        assert unchanged.snakemake("--configfile", "small.yaml", "--until", "encode").returncode == 0
+        again = {path.stem for path, time in before.items() if path.stat().st_mtime_ns != time}
+        audit = pd.read_parquet(next(root.glob("features/*/audit.parquet")))
+        assert again - set(audit["slide_id"][audit["status"] == "failed"]) == {changed.stem}
     finally:
         changed.write_bytes(content)
         os.utime(changed, ns=(kept.st_atime_ns, kept.st_mtime_ns))
+        assert unchanged.snakemake("--configfile", "small.yaml").returncode == 0
 
 
 def test_a_corrected_mask_redoes_its_slide_alone(unchanged):

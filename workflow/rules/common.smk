@@ -1,5 +1,7 @@
 """The configuration, checked before any rule exists, and the helpers that rules share."""
 
+import functools
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -11,31 +13,53 @@ SOURCE = Path(workflow.current_basedir).parent.parent / "src"
 sys.path.insert(0, str(SOURCE))
 
 from morphome.config import check_config, read_yaml
+from morphome.download.published import published_names
 from morphome.errors import MorphomeError
-from morphome.paths import Paths
+from morphome.paths import PANELS, PUBLISHED, Paths
 from morphome.steps import code_hash, mask_file, step_key, write_resolved
 from morphome.workflow import (
-    encode_jobs,
     external_feature_files,
+    fetched_weights,
     molecular_files,
+    pinned_files,
     run_folders,
     simulated_files,
+    slide_jobs,
     slide_paths,
     split_files,
 )
 
-try:
-    for file in workflow.configfiles:
-        read_yaml(
-            file
-        )  # Snakemake keeps the last of two equal keys in silence; this refuses them
-    CONFIG = check_config(config)
-    SLIDES = slide_paths(CONFIG)
-    JOBS = encode_jobs(CONFIG, list(SLIDES))
-    PATHS = Paths(CONFIG)
-    ENCODED = [PATHS.encode_job(job) for job in range(1, len(JOBS) + 1)]
-except MorphomeError as error:
-    raise WorkflowError(str(error))
+
+
+@functools.cache
+def slides():
+    """File of every slide; with the GDC, once it has been asked which slides there are."""
+    if "gdc" in CONFIG:
+        checkpoints.manifest.get()
+    return told(slide_paths, CONFIG)
+
+
+@functools.cache
+def jobs():
+    return slide_jobs(CONFIG, list(slides()))
+
+
+def told(function, *arguments):
+    """The function's result; what a user can mend is one message without a traceback."""
+    try:
+        return function(*arguments)
+    except MorphomeError as error:
+        raise WorkflowError(str(error))
+
+
+for file in workflow.configfiles:
+    # Snakemake keeps the last of two equal keys in silence; this refuses them.
+    told(read_yaml, file)
+CONFIG = told(check_config, config)
+PATHS = told(Paths, CONFIG)
+told(getattr, PATHS, "feature_folder")  # the encoder's weights are known
+if "gdc" not in CONFIG:
+    slides()
 
 RESOLVED = write_resolved(CONFIG)
 # Inside a conda environment the interpreter is that environment's; otherwise it is the one that runs Snakemake,
@@ -56,26 +80,52 @@ shell.prefix(
 
 
 wildcard_constraints:
-    slide="[^/]+",
     model="[^/]+",
     repeat=r"\d+",
     fold=r"\d+",
     job=r"\d+",
-
-
-def slide_file(wildcards):
-    return SLIDES[wildcards.slide]
+    name="|".join(re.escape(name) for name in published_names()),
+    panel="|".join(PANELS),
 
 
 def slides_of_job(wildcards):
-    return JOBS[int(wildcards.job) - 1]
+    return jobs()[int(wildcards.job) - 1]
+
+
+def slide_files(wildcards):
+    """What says that the slides of a job are there: the slides, or the list of those that were fetched."""
+    if "gdc" in CONFIG:
+        return PATHS.fetched(f"slides_{wildcards.job}")
+    return [slides()[slide] for slide in slides_of_job(wildcards)]
+
+
+def masks_of_job(wildcards):
+    found = [mask_file(CONFIG, slide) for slide in slides_of_job(wildcards)]
+    return [mask for mask in found if mask]
+
+
+def tiled(wildcards):
+    return [PATHS.tile_job(job) for job in range(1, len(jobs()) + 1)]
+
+
+def encoded(wildcards):
+    return [PATHS.encode_job(job) for job in range(1, len(jobs()) + 1)]
+
+
+def keys_of_job(step):
+    """As :func:`key_of` for each slide of a job."""
+
+    def keys(wildcards):
+        return [step_key(CONFIG, step, slide=slide) for slide in slides_of_job(wildcards)]
+
+    return keys
 
 
 def key_of(step):
     """A function of the wildcards that gives the hash of the settings of one job."""
 
     def key(wildcards):
-        known = {k: v for k, v in wildcards.items() if k in ("slide", "model")}
+        known = {k: v for k, v in wildcards.items() if k == "model"}
         return step_key(CONFIG, step, **known)
 
     return key

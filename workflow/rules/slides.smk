@@ -1,39 +1,54 @@
+# A job takes a group of slides (slides.per_job): a graph of ten thousand slides stays small, and an encoder is loaded
+# once for all. The files of a slide are its own, and Snakemake does not see them: they are written whole or not at all,
+# and a job passes over every slide whose files are there and belong to this slide, these settings and code. So a killed
+# job loses one slide at most, and a slide that is added or changed is the only one that is done again.
 rule tile:
     input:
-        slide=slide_file,
-        mask=lambda wildcards: mask_file(CONFIG, wildcards.slide) or [],
+        slides=slide_files,
+        masks=masks_of_job,
         segmenter=CONFIG["tiling"].get("segmenter_weights", []),
     output:
-        h5=PATHS.tiles("{slide}").h5,
-        qc=PATHS.tiles("{slide}").qc,
-        geojson=PATHS.tiles("{slide}").geojson,
-        thumbnail=PATHS.tiles("{slide}").thumbnail,
+        PATHS.tile_job("{job}"),
     log:
-        PATHS.log("tile", "{slide}"),
+        PATHS.log("tile", "{job}"),
     priority: 10
     conda:
         "../../envs/slides.yaml"
     resources:
         mem_mb=2000,
     params:
-        key=key_of("tile"),
+        slides=slides_of_job,
+        key=keys_of_job("tile"),
         code=code_hash("tile"),
     message:
-        "tile {wildcards.slide}"
+        "tile {wildcards.job}: {params.slides[0]} ..."
     shell:
-        "morphome tile --slide {wildcards.slide:q} --path {input.slide:q} > {log:q} 2>&1"
+        "morphome tile --job {wildcards.job} > {log:q} 2>&1"
 
 
-# One job encodes a group of slides, so that an encoder is loaded once for all of them. The features of a slide are its
-# own file, which Snakemake does not see: it is written whole or not at all, and a job passes over every slide whose
-# file is there and belongs to this slide, these tiles, settings and code. So a killed job loses one slide at most, and
-# a slide that is added or changed is the only one that is encoded.
+if fetched_weights(CONFIG):
+
+    rule weights:
+        output:
+            PATHS.weights,
+        log:
+            PATHS.log("weights"),
+        priority: 100
+        conda:
+            "../../envs/slides.yaml"
+        resources:
+            network=1,
+        message:
+            "weights: of the encoder"
+        shell:
+            "morphome weights > {log:q} 2>&1"
+
+
 rule encode:
     input:
-        slides=lambda wildcards: [SLIDES[slide] for slide in slides_of_job(wildcards)],
-        tiles=lambda wildcards: [
-            PATHS.tiles(slide).h5 for slide in slides_of_job(wildcards)
-        ],
+        slides=slide_files,
+        tiles=PATHS.tile_job("{job}"),
+        weights=PATHS.weights if fetched_weights(CONFIG) else [],
     output:
         PATHS.encode_job("{job}"),
     log:
@@ -46,10 +61,7 @@ rule encode:
         mem_mb=lambda wildcards, threads, attempt: (4000 + 500 * threads) * attempt,
     params:
         slides=slides_of_job,
-        key=lambda wildcards: [
-            step_key(CONFIG, "encode", slide=slide)
-            for slide in slides_of_job(wildcards)
-        ],
+        key=keys_of_job("encode"),
         code=code_hash("encode"),
     message:
         "encode {wildcards.job}: {params.slides[0]} ..."
@@ -84,8 +96,8 @@ else:
 
     rule collect:
         input:
-            features=ENCODED,
-            qc=[PATHS.tiles(slide).qc for slide in SLIDES],
+            features=encoded,
+            tiles=tiled,
         output:
             index=PATHS.index,
             audit=PATHS.audit,

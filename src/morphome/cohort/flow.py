@@ -2,47 +2,65 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from morphome.cohort.clinical import COVARIATES, ClinicalTable
+from morphome.cohort.barcode import site_of
+from morphome.cohort.clinical_shape import COVARIATES, ON_THE_WAY, ClinicalTable
 
 
 def drop_unusable(clinical: ClinicalTable) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
     """Patients with a usable outcome, and every reason for leaving someone out as one step of the flow.
 
-    Order: redacted, no event status, no time, time not above zero (Liu et al. 2018 for the first).
+    Order: records of one patient joined (unit "records", only where the source has several; its ``excluded`` names a
+    patient once per surplus row), then patients: redacted (Liu et al. 2018), no event status, no time, time
+    below zero, time zero. A reason with several causes counts each of them.
 
     Returns:
         table with int64 ``event`` and finite positive ``time_months``; steps ``{"name", "unit", "before",
         "after", "excluded", "reason"}``.
     """
     table = clinical.table
-    steps = [flow_step("listed in the clinical table", "patients", len(table), [], "")]
+    steps = []
+    if clinical.n_records > len(table):
+        surplus = table["patient_id"].repeat(table["records"] - 1).tolist()
+        reason = "further rows of a patient who is listed already"
+        steps.append(flow_step("records joined by patient", "records", clinical.n_records, surplus, reason))
+    steps.append(flow_step("listed in the clinical table", "patients", len(table), [], ""))
+    time = table["time_months"]
     rules = [
         ("not redacted", table["redacted"], "redacted by TCGA"),
         ("with event status", table["event"].isna(), "event status missing"),
-        ("with follow-up time", table["time_months"].isna(), "time missing"),
-        ("with time above zero", ~(table["time_months"] > 0), "time zero or negative"),
+        ("with follow-up time", time.isna(), "time missing"),
+        ("with time not below zero", time < 0, "time negative"),
+        ("with time above zero", time == 0, "time zero"),
     ]
     for name, bad, reason in rules:
         bad = bad.loc[table.index]
         lost = table[bad]
-        why = sorted(set(lost["why"]) - {""}) if reason.endswith("missing") else []
-        text = reason + (f" ({'; '.join(why)})" if why else "")
+        text = reason + (_causes(lost["why"]) if reason.endswith("missing") else "")
         steps.append(flow_step(name, "patients", len(table), lost["patient_id"].tolist(), text))
         table = table[~bad]
-    table = table.drop(columns=["redacted", "why"]).reset_index(drop=True)
+    table = table.drop(columns=list(ON_THE_WAY)).reset_index(drop=True)
     return table.astype({"event": np.int64}), steps
+
+
+def _causes(why: pd.Series) -> str:
+    """``" (dead without days to death: 2; alive without follow-up: 1)"``, the commonest first; empty for no cause."""
+    counts = Counter(cause for cause in why if cause)
+    shown = [f"{cause}: {counts[cause]}" for cause in sorted(counts, key=lambda cause: (-counts[cause], cause))]
+    return f" ({'; '.join(shown)})" if shown else ""
 
 
 def fill_covariates(patients: pd.DataFrame, covariates: ClinicalTable) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Age, sex, stage and grade of ``covariates`` put over those of ``patients``, joined by ``patient_id``.
 
     A value of the second table wins, a missing one leaves what was there; nobody is dropped. The same holds for its
-    ``site``: a table that names each patient's institution joins the several site codes that one hospital may have.
+    ``institution`` and ``site``: a table that names each patient's institution joins the several site codes that one
+    hospital may have. A second table that knows no more than the code in the barcode leaves the site as it was.
 
     Returns:
         table; notes with ``matched``, ``unmatched`` (ids) and per column ``filled`` (was missing) and
@@ -78,9 +96,11 @@ def fill_covariates(patients: pd.DataFrame, covariates: ClinicalTable) -> tuple[
             if name == "sex"
             else merged.astype(np.float64)
         )
-    site = second["site"].to_numpy(object)
-    given = ~pd.isna(site) & (site != "unknown") & (site != patients["site"].to_numpy(object))
-    out["site"] = np.where(given, site, patients["site"].to_numpy(object))
+    code = np.array([site_of(patient) for patient in patients["patient_id"]], object)
+    place, site, old = (t.to_numpy(object) for t in (second["institution"], second["site"], patients["site"]))
+    given = ~pd.isna(site) & (site != "unknown") & (site != code) & (site != old)
+    out["site"] = np.where(given, site, old)
+    out["institution"] = np.where(pd.isna(place), patients["institution"].to_numpy(object), place)
     notes["sites_given"] = int(given.sum())
     return out, notes
 

@@ -48,18 +48,25 @@ def run_cohort(*, settings: Mapping[str, Any], patients_out: Path, slides_out: P
     external = settings["features"]["source"] == "external"
     source = cohort["clinical"]
     clinical = read_clinical(
-        source["format"], Path(source["path"]), endpoint=cohort["endpoint"], time_unit=cohort["time_unit"]
+        source["format"],
+        Path(source["path"]),
+        endpoint=cohort["endpoint"],
+        time_unit=cohort["time_unit"],
+        types=source.get("types"),
     )
     sources = [source_note("clinical", source, clinical)]
     patients, steps = drop_unusable(clinical)
     if "covariates" in cohort:
-        extra = read_clinical(cohort["covariates"]["format"], Path(cohort["covariates"]["path"]), outcome=False)
+        second = cohort["covariates"]
+        extra = read_clinical(second["format"], Path(second["path"]), outcome=False)
         patients, notes = fill_covariates(patients, extra)
         sources.append({**source_note("covariates", cohort["covariates"], extra), **notes})
 
     chosen, left_out, origin = _list_slides(settings, clinical, external)
-    slides = _slide_table(chosen, left_out, external)
-    slide_steps = _join(slides, patients, clinical, steps, check_files=not external)
+    # Slides of the GDC are fetched after this step, and may be deleted once they are encoded: the list is what counts.
+    on_disk = not external and "gdc" not in settings
+    slides = _slide_table(chosen, left_out, on_disk)
+    slide_steps = _join(slides, patients, clinical, steps, check_files=on_disk)
     if origin is not None:
         sources.append({**origin, "slides": len(slides), "included": int(slides["included"].sum())})
         steps += slide_steps
@@ -150,12 +157,13 @@ def _list_slides(
     slides, cohort = settings.get("slides") or {}, settings["cohort"]
     if "sheet" in slides:
         folder = Path(slides["folder"]) if "folder" in slides else None
-        chosen, left_out = read_slide_sheet(Path(slides["sheet"]), folder, require_path=not external)
+        sheet = Path(slides["sheet"])
+        chosen, left_out = read_slide_sheet(sheet, folder, require_path=not external, codes=cohort["sample_types"])
         return chosen, left_out, {"role": "slides", "path": slides["sheet"]}
     if external and clinical.slides is not None:
         where = cohort["clinical"]["path"]
         rows = [
-            choose_slide(slide_from_id(check_slide_id(slide, where), patient))
+            choose_slide(slide_from_id(check_slide_id(slide, where), patient), cohort["sample_types"])
             for slide, patient in clinical.slides.itertuples(index=False)
         ]
         if twice := clinical.slides.loc[clinical.slides["slide_id"].duplicated(), "slide_id"].tolist():
@@ -164,7 +172,7 @@ def _list_slides(
         where = (settings["features"] or {}).get("path")
         if where is None:
             raise MorphomeError("features.source is external, but features.path is not set", "set features.path")
-        rows = [choose_slide(row) for row in external_slides(Path(where))]
+        rows = [choose_slide(row, cohort["sample_types"]) for row in external_slides(Path(where))]
     elif "wsi" in cohort["require"]:
         raise MorphomeError(
             "cohort.require lists 'wsi', but slides.sheet is not set",
@@ -176,16 +184,14 @@ def _list_slides(
     return [row for row in rows if not row.reason], [row for row in rows if row.reason], origin
 
 
-def _slide_table(chosen: list[SlideRow], left_out: list[SlideRow], external: bool) -> pd.DataFrame:
-    """All slides, sorted by id; ``size_bytes`` is missing where no file was found or none is needed."""
+def _slide_table(chosen: list[SlideRow], left_out: list[SlideRow], on_disk: bool) -> pd.DataFrame:
+    """All slides, sorted by id; ``size_bytes`` is missing where no file was found, or none is needed and told."""
     rows = sorted([*chosen, *left_out], key=lambda row: row.slide_id)
-    sizes = [None if external else _size(row.path) for row in rows]
-    columns = ("slide_id", "patient_id", "path", "sample_type", "slide_type")
+    sizes = [_size(row.path) if on_disk else row.size_bytes for row in rows]
+    columns = ("slide_id", "patient_id", "path", "sample_type", "slide_type", "file_id")
     table = pd.DataFrame({name: pd.Series([getattr(r, name) for r in rows], dtype=object) for name in columns})
-    if external:
-        table["path"] = ""
     table["size_bytes"] = pd.array(sizes, dtype="Int64")
-    table["found"] = np.array([external or size is not None for size in sizes], bool)
+    table["found"] = np.array([not on_disk or size is not None for size in sizes], bool)
     table["reason"] = pd.Series([row.reason for row in rows], dtype=object)
     table["included"] = table["reason"] == ""
     return table[[*columns, "size_bytes", "found", "included", "reason"]].astype({"included": bool})
@@ -209,7 +215,7 @@ def _join(
     check_files: bool,
 ) -> list[dict[str, Any]]:
     """Mark slides that cannot be used (changes ``slides``); one step of the flow per reason."""
-    dropped = {patient: step["reason"] for step in steps for patient in step["excluded"]}
+    dropped = {p: s["reason"].partition(" (")[0] for s in steps if s["unit"] == "patients" for p in s["excluded"]}
     out = [flow_step("listed", "slides", len(slides), [], "")]
 
     def close(name: str, bad: pd.Series, reason: Any, text: str) -> None:
@@ -242,7 +248,8 @@ def _losses(steps: list[dict[str, Any]]) -> str:
     if not lost:
         return ""
     shown = ", ".join(f"{reason} {count}" for reason, count in lost)
-    return f"; {sum(count for _, count in lost)} of {steps[0]['before']} patients left out: {shown}"
+    listed = next(step["before"] for step in steps if step["unit"] == "patients")
+    return f"; {sum(count for _, count in lost)} of {listed} patients left out: {shown}"
 
 
 def _example(ids: pd.Series) -> str:

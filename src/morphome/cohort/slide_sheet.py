@@ -7,7 +7,7 @@ The standard library only, because the workflow reads the sheet while it builds 
   up in the working directory first, then in the sheet's folder.
 * **GDC sample sheet** (with the folder of the files): rows of the data type "Slide Image"; the slide id is the
   file name without its ending; the file lies at ``<folder>/<File ID>/<File Name>`` (as gdc-client writes it) or
-  ``<folder>/<File Name>``. Diagnostic slides (DX) of the tumour under study (sample codes 01, 03, 06) are
+  ``<folder>/<File Name>``, or where a column "Local Path" says. Diagnostic slides (DX) of the tumour under study are
   chosen, the others come back with a reason.
 """
 
@@ -17,7 +17,7 @@ import csv
 import io
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -58,6 +58,8 @@ class SlideRow:
         sample_type: TCGA sample code ("01") or the sheet's words; may be empty.
         slide_type: "DX", "TS", "BS" or empty.
         reason: empty for a chosen slide, else why it was left out.
+        file_id: of the GDC, where the sheet has it.
+        size_bytes: as the sheet says; None when it does not.
     """
 
     slide_id: str
@@ -66,6 +68,8 @@ class SlideRow:
     sample_type: str = ""
     slide_type: str = ""
     reason: str = ""
+    file_id: str = ""
+    size_bytes: int | None = None
 
 
 def few_names(names: Iterable[object], most: int = 6) -> str:
@@ -142,7 +146,11 @@ def is_gdc(header: list[str]) -> bool:
 
 
 def read_slide_sheet(
-    sheet: Path, folder: Path | None = None, *, require_path: bool = True
+    sheet: Path,
+    folder: Path | None = None,
+    *,
+    require_path: bool = True,
+    codes: Sequence[str] = TUMOUR_CODES,
 ) -> tuple[list[SlideRow], list[SlideRow]]:
     """Chosen and left-out slides of a sheet, both in the order of the sheet.
 
@@ -150,6 +158,7 @@ def read_slide_sheet(
         sheet: own sheet or GDC sample sheet (see the module).
         folder: where the files of a GDC sample sheet lie.
         require_path: False when features come from elsewhere: the sheet then only says whose slide it is.
+        codes: TCGA sample codes of the tumour under study.
 
     Returns:
         ``(chosen, left_out)``; the rows of ``left_out`` carry a ``reason``.
@@ -166,7 +175,7 @@ def read_slide_sheet(
                 "set slides.folder to the folder that gdc-client filled",
             )
         rows = [row for row in rows if row.get("Data Type", _SLIDE_IMAGE).lower() == _SLIDE_IMAGE]
-        slides = [_gdc_slide(row, sheet, folder) for row in rows]
+        slides = [_gdc_slide(row, sheet, folder, codes) for row in rows]
     else:
         needed = ["slide_id", "patient_id", *(["path"] if require_path else [])]
         if missing := [name for name in needed if name not in header]:
@@ -234,9 +243,9 @@ def check_slide_id(slide_id: str, where: str) -> str:
 
 
 def locate(folder: Path, file_id: str, file_name: str) -> Path:
-    """``<folder>/<File ID>/<File Name>`` when it exists, else ``<folder>/<File Name>`` (which may not)."""
-    nested = Path(folder) / file_id / file_name
-    return nested if file_id and nested.exists() else Path(folder) / file_name
+    """``<folder>/<File Name>`` when only that exists, else ``<folder>/<File ID>/<File Name>`` (which may not)."""
+    nested, flat = Path(folder) / file_id / file_name, Path(folder) / file_name
+    return flat if not file_id or (flat.exists() and not nested.exists()) else nested
 
 
 def check_file_name(row: dict[str, str], sheet: Path) -> tuple[str, str]:
@@ -286,15 +295,15 @@ def sample_codes(row: dict[str, str]) -> list[tuple[str, str]]:
     return list(dict.fromkeys(found))
 
 
-def choose_slide(slide: SlideRow) -> SlideRow:
-    """The slide with a reason when it is no diagnostic slide of the tumour under study (see the module).
+def choose_slide(slide: SlideRow, codes: Sequence[str] = TUMOUR_CODES) -> SlideRow:
+    """The slide with a reason when it is no diagnostic slide of the tumour under study (sample codes ``codes``).
 
     Slides whose type or sample is not known are kept: other projects have neither in their ids.
     """
     reason = slide.reason
     if not reason and slide.slide_type and slide.slide_type != "DX":
         reason = f"not a diagnostic slide ({slide.slide_type}: frozen section)"
-    if not reason and slide.sample_type.isdigit() and slide.sample_type not in TUMOUR_CODES:
+    if not reason and slide.sample_type.isdigit() and slide.sample_type not in codes:
         reason = f"sample type {sample_name(slide.sample_type)}"
     return replace(slide, reason=reason)
 
@@ -307,22 +316,24 @@ def slide_from_id(slide_id: str, patient_id: str, path: str = "") -> SlideRow:
     return SlideRow(slide_id, patient_id, path, barcode.sample_code, barcode.slide_type)
 
 
-def _gdc_slide(row: dict[str, str], sheet: Path, folder: Path | None) -> SlideRow:
+def _gdc_slide(row: dict[str, str], sheet: Path, folder: Path | None, codes: Sequence[str]) -> SlideRow:
     where = f"{sheet}, line {row['']}"
     file_id, name = check_file_name(row, sheet)
     slide_id = check_slide_id(cut_suffix(name), where)
     cases = cases_of(row)
     if not cases:
         raise MorphomeError(f"{where}: no Case ID for '{name}'", "use the sheet as the GDC wrote it")
-    path = str(locate(folder, file_id, name)) if folder is not None else ""
+    path = row.get("Local Path") or (str(locate(folder, file_id, name)) if folder is not None else "")
+    size = row.get("File Size", "")
     slide = slide_from_id(slide_id, cases[0], path)
+    slide = replace(slide, file_id=file_id, size_bytes=int(size) if size.isdigit() else None)
     if len(cases) > 1:
         return replace(slide, patient_id=", ".join(cases), reason="tissue of several patients")
     if not slide.sample_type:  # some slides hang on a portion, other projects have no barcode in the name
-        codes = [code for code, _ in sample_codes(row)]
-        outside = [code for code in codes if code not in TUMOUR_CODES]
-        slide = replace(slide, sample_type=(outside or codes or [row.get("Sample Type", "")])[0])
-    return choose_slide(slide)
+        found = [code for code, _ in sample_codes(row)]
+        outside = [code for code in found if code not in codes]
+        slide = replace(slide, sample_type=(outside or found or [row.get("Sample Type", "")])[0])
+    return choose_slide(slide, codes)
 
 
 def _own_slide(row: dict[str, str], sheet: Path, require_path: bool) -> SlideRow:

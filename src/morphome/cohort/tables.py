@@ -16,6 +16,11 @@ from morphome.cohort.slide_sheet import check_utf8, delimiter_of
 from morphome.errors import MorphomeError
 
 _PORPOISE_COLUMNS = ("case_id", "slide_id", "survival_months", "censorship")
+#: Read where they are: tables of SurvPath carry two more end points.
+_PORPOISE_MORE = (
+    *("survival_months_dss", "censorship_dss", "survival_months_pfi", "censorship_pfi"),
+    *("age", "is_female", "oncotree_code"),
+)
 
 
 def read_bytes(path: Path, setting: str) -> bytes:
@@ -107,7 +112,7 @@ def read_porpoise(path: Path, setting: str, suffix: str | None = None) -> pd.Dat
         )
     ids = {"case_id": str, "slide_id": str}
     if suffix is None:
-        clinical = {*_PORPOISE_COLUMNS, "age", "is_female", "oncotree_code"}
+        clinical = {*_PORPOISE_COLUMNS, *_PORPOISE_MORE}
         wanted = [name for name in header if name in clinical]
         kinds: object = str
     else:

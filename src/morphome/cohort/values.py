@@ -23,6 +23,13 @@ _BRACKETED = re.compile(r"\[[^\]]*\](?:\s*\|\s*\[[^\]]*\])*")
 _NO_NUMBER = re.compile(r"(?:stage\s*)?(?:x|0[a-z]{0,2}|tis|i{1,3}/i[iv]{1,2} nos)|(?:grade\s*)?g?[xb]")
 _EVENT_WORDS = {"true": 1.0, "false": 0.0}
 _VITAL_WORDS = {"dead": 1.0, "alive": 0.0, "deceased": 1.0, "living": 0.0, "1:deceased": 1.0, "0:living": 0.0}
+#: Words of cBioPortal's status columns; studies of before 2020 have them without the number.
+_STATUS_WORDS = {
+    **{"living": 0.0, "alive": 0.0, "alive or dead tumor free": 0.0, "diseasefree": 0.0, "censored": 0.0},
+    **{"deceased": 1.0, "dead": 1.0, "dead with tumor": 1.0, "recurred/progressed": 1.0, "recurred": 1.0},
+    **{"progressed": 1.0, "progression": 1.0},
+}
+_STATUS = re.compile(r"([01])\s*(?::\s*(.*))?")
 _ROMAN = {"i": 1.0, "ii": 2.0, "iii": 3.0, "iv": 4.0}
 _STAGE = re.compile(r"(?:stage\s*)?(iv|i{1,3})(?:\s*[abc]?[1-3]?|s)?")
 _GRADE = re.compile(r"(?:g|grade\s*|who grade\s*)([1-4]|iv|i{1,3})")
@@ -58,6 +65,25 @@ def event_of(text: object, vital: bool = False) -> float:
     value = words[plain] if plain in words else number(text)
     if value not in (0.0, 1.0) and not math.isnan(value):
         raise ValueError(f"not 0 or 1: {text}")
+    return value
+
+
+def status_of(text: object) -> float:
+    """1 or 0 from a status of cBioPortal ("1:DECEASED", "0:DiseaseFree", "LIVING"), NaN for a missing word.
+
+    The number before the colon decides; a known word that contradicts it, and an unknown word without a number,
+    raise ValueError.
+    """
+    if is_missing(text):
+        return math.nan
+    plain = " ".join(str(text).lower().split())
+    match = _STATUS.fullmatch(plain)
+    word = (match.group(2) or "" if match else plain).strip()
+    if match and is_missing(word):
+        return float(match.group(1))
+    value = float(match.group(1)) if match else _STATUS_WORDS.get(word)
+    if value is None or _STATUS_WORDS.get(word, value) != value:
+        raise ValueError(f"not a status: {text}")
     return value
 
 

@@ -41,7 +41,7 @@ AUDIT_COLUMNS: dict[str, str] = {
     "encoder": "text", "fingerprint": "text", "slide_sha256_head": "text", "seconds": "number",
 }  # fmt: skip
 _DTYPES = {"text": "string", "number": "float64", "count": "Int64"}
-_QC_DROPPED = ("stamp",)
+_QC_DROPPED = ("stamp", "made_from")
 
 
 def run_collect(

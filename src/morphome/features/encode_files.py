@@ -15,8 +15,8 @@ from morphome.errors import MorphomeError
 from morphome.features.feed import SlideWork
 from morphome.features.registry import EncoderSpec, encoder_spec, fingerprint_sha256, precision_of
 from morphome.features.weights import weights_id
-from morphome.files import atomic_h5, check_stamp, file_sample, read_json, settings_hash, stamp
-from morphome.slides.openslide_reader import OpenSlideReader
+from morphome.files import atomic_h5, check_stamp, read_json, settings_hash, stamp
+from morphome.slides.openslide_reader import slide_sample
 from morphome.slides.patches import PatchShape
 from morphome.slides.reader import ReaderChoice
 
@@ -134,7 +134,7 @@ def finished(plan: Planned) -> dict[str, Any] | None:
             "n_tiles_failed": 0,
             "code": plan.code,
             "tiles_key": plan.tiles_key,
-            "slide_sha256_head": _head_now(Path(job.slide_path)),
+            "slide_sha256_head": slide_sample(Path(job.slide_path)),
         }
         if plan.work is not None and plan.work.reader == "openslide":
             asked["reader"] = "openslide"
@@ -144,13 +144,6 @@ def finished(plan: Planned) -> dict[str, Any] | None:
         return None
     names = ("status", "reason_code", "reason", "content_key")
     return {"slide_id": job.slide_id, "n_tiles": n_tiles, **{k: str(attrs[k]) for k in names}, "skipped": True}
-
-
-def _head_now(path: Path) -> str:
-    if not path.is_dir():
-        return file_sample(path)
-    with OpenSlideReader(path) as reader:
-        return file_sample(reader.facts.path)
 
 
 def write_features(

@@ -11,7 +11,7 @@ import os
 import shutil
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from morphome.features.weights import (
     find_files,
     remember,
     weights_folder,
+    weights_id,
 )
 from morphome.files import write_json
 
@@ -70,6 +71,22 @@ def prefetch(key: str, *, revision: str = "", say: Callable[[str], None] = print
     _finish(spec, part, folder, resolved, names)
     say(f"{spec.key}: in {folder}" + (f", revision {resolved}" if resolved else ""))
     return folder
+
+
+def run_weights(*, features: Mapping[str, Any], out: Path) -> None:
+    """Fetch the weights of a run's encoder unless they are there, and write what was found.
+
+    Args:
+        features: section of the configuration.
+        out: ``morphome.weights``: encoder and sha256 of the weights.
+
+    Raises:
+        MorphomeError: as :func:`prefetch`, or weights of another checksum.
+    """
+    spec = encoder_spec(features["encoder"])
+    if not find_files(spec, weights_folder(spec.key)):
+        prefetch(spec.key)
+    write_json({"key": spec.key, "sha256": weights_id(features)}, out, RECORD_FORMAT, {"key": spec.key})
 
 
 def _finish(spec: EncoderSpec, part: Path, folder: Path, resolved: str, names: list[str]) -> None:

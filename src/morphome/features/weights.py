@@ -91,19 +91,33 @@ def weights_id(features: Mapping[str, Any]) -> str:
         features: section of the configuration; ``encoder``, ``weights`` and ``allow_unpinned`` count.
 
     Raises:
-        MorphomeError: the weights are absent; their checksum is not one that the registry or the record of prefetch
-            knows; or none is known and ``allow_unpinned`` is not set.
+        MorphomeError: the weights are absent and not promised (:func:`promised_sha256`); their checksum is not one
+            that the registry or the record of prefetch knows; or none is known and ``allow_unpinned`` is not set.
     """
     spec = encoder_spec(features["encoder"])
     if spec.loader == "random":
         return hashlib.sha256(RANDOM_RECIPE.encode()).hexdigest()
     if not spec.has_weights:
         return ""
+    if not _place(spec, features)[0].exists() and (promised := promised_sha256(features)):
+        return promised  # the workflow fetches them, and takes no others
     path = weights_path(features)
     files = [path] if path.is_file() else find_files(spec, path)
     # A folder changes its time when a file in it is replaced, which catches a new record of prefetch.
     facts = tuple((str(file), *_size_and_time(file)) for file in (path.parent if path.is_file() else path, *files))
     return _identify(spec.key, facts, bool(features.get("allow_unpinned")))
+
+
+def promised_sha256(features: Mapping[str, Any]) -> str | None:
+    """sha256 of weights that can be fetched without asking anybody: one public file, one known checksum; else None.
+
+    Args:
+        features: section of the configuration; ``encoder`` and ``weights`` count.
+    """
+    spec = encoder_spec(features["encoder"])
+    single = len(spec.files) == 1 and not spec.extra_files and len(spec.weights_sha256) == 1
+    known = spec.has_weights and single and spec.source.startswith("https://")
+    return spec.weights_sha256[0] if known and not features.get("weights") else None
 
 
 @functools.cache

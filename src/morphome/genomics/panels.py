@@ -9,23 +9,28 @@ from typing import Any
 
 import pandas as pd
 
+from morphome.cohort.barcode import TUMOUR_CODES
 from morphome.cohort.slide_sheet import few_names
 from morphome.errors import MorphomeError, MorphomeWarning
 from morphome.files import write_json, write_parquet
 from morphome.genomics.groups import match_groups, read_groups
 from morphome.genomics.sources import read_panel
 
-PANELS = ("rna", "mut", "cnv")
+PANELS = ("rna", "mut", "cnv", "expression")
+#: Panels whose genes are matched to the gene groups; ``expression`` is for encoders of RNA only.
+GROUP_PANELS = ("rna", "mut", "cnv")
 
 
 def run_genes(*, settings: Mapping[str, Any], panels_out: Mapping[str, Path], groups_out: Path | None) -> None:
     """Read the configured molecular tables and gene groups.
 
     Args:
-        settings: ``{"molecular": {"sheet", "rna", "mut", "cnv", "groups"}}`` as configured.
+        settings: ``{"molecular": {"sheet", "rna", "mut", "cnv", "expression", "groups"}, "cohort":
+            {"sample_types"}}`` as configured; without sample types those of the barcode module.
         panels_out: panel name to ``morphome.panel``: ``patient_id`` and one float32 column per gene symbol,
             sorted; NaN = not measured; patients without a file are absent. Extra: ``panel``, ``value_type``,
-            ``unit``, ``gene_ids``, ``n_files``, ``notes``.
+            ``unit``, ``gene_ids``, ``n_files``, ``format``, ``source``, ``sample_types``, ``notes`` (with
+            ``rule_for_samples``, ``left_out`` and the format's own counts).
         groups_out: ``morphome.groups`` (see :func:`morphome.genomics.groups.match_groups`); without configured
             groups its ``groups`` are empty.
 
@@ -38,10 +43,11 @@ def run_genes(*, settings: Mapping[str, Any], panels_out: Mapping[str, Path], gr
     if set(configured) != set(panels_out):
         raise ValueError(f"panels configured: {configured}, outputs asked: {sorted(panels_out)}")
     sheet = Path(molecular["sheet"]) if "sheet" in molecular else None
+    codes = tuple(settings.get("cohort", {}).get("sample_types", TUMOUR_CODES))
     genes: dict[str, list[str]] = {}
     patients: dict[str, list[str]] = {}
     for name in configured:
-        panel = read_panel(name, molecular[name], sheet)
+        panel = read_panel(name, molecular[name], sheet, codes)
         table = pd.DataFrame(panel.values, columns=panel.genes, copy=False)
         table.insert(0, "patient_id", panel.patients)
         extra = {
@@ -50,11 +56,14 @@ def run_genes(*, settings: Mapping[str, Any], panels_out: Mapping[str, Path], gr
             "unit": panel.unit,
             "gene_ids": panel.gene_ids,
             "n_files": panel.n_files,
+            "format": molecular[name]["format"],
             "source": molecular[name]["path"],
+            "sample_types": list(codes),
             "notes": panel.notes,
         }
         write_parquet(table, panels_out[name], "morphome.panel", settings, extra)
-        genes[name], patients[name] = panel.genes, panel.patients
+        if name in GROUP_PANELS:
+            genes[name], patients[name] = panel.genes, panel.patients
     if groups_out is not None:
         write_json(_groups(molecular, genes, patients), groups_out, "morphome.groups", settings)
 

@@ -11,7 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from morphome.files import settings_hash, stamp, write_text
-from morphome.report import figures, history, records, sections
+from morphome.report import cohort_view, figures, history, records, sections
 from morphome.report import format as fmt
 from morphome.report.inputs import ReportData, ReportInputs, load_report
 from morphome.report.judge import judge
@@ -65,7 +65,10 @@ def _page(data: ReportData, tables: Mapping[str, Any], settings: Mapping[str, An
         "simulated": data.simulated,
         "quick": data.repeats == 1,
         "verdict": judge(data),
-        "flow": sections.flow(data),
+        "flow": cohort_view.flow(data),
+        "sources": cohort_view.sources(data, tables["sources"]),
+        "groups": cohort_view.gene_groups(data, tables["gene_groups"]),
+        "sites": cohort_view.sites(tables["sites"]),
         "baseline": sections.baseline(tables["baseline"]),
         "splits": sections.splits(data, tables["splits"]),
         "models": sections.models(data, tables["model_table"], tables["comparisons"]),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow.parquet as pq
 
 from morphome.files import file_sha256, parquet_meta, read_json, read_parquet
 
@@ -27,6 +28,8 @@ class ReportInputs:
         groups, oracle: absent without gene groups, and for a cohort that was not simulated.
         cohort_slides, cohort_patients: ``morphome.slides`` and ``morphome.patients``; with them the sites of slides
             are known whose patients are not analysed.
+        panels: molecular tables (``morphome.panel``) by panel.
+        query: ``morphome.gdc_query``, what was asked of the GDC; absent for cohorts from elsewhere.
     """
 
     cohort_flow: Path
@@ -44,6 +47,8 @@ class ReportInputs:
     oracle: Path | None = None
     cohort_slides: Path | None = None
     cohort_patients: Path | None = None
+    panels: Mapping[str, Path] = field(default_factory=dict)
+    query: Path | None = None
 
 
 @dataclass
@@ -75,7 +80,12 @@ class Thumbnail:
 
 @dataclass
 class ReportData:
-    """Everything that the sections need, read once. ``places`` holds (patient, site) by slide id, "" where unknown."""
+    """Everything that the sections need, read once.
+
+    ``places`` holds (patient, site) by slide id, "" where unknown; ``listed`` and ``everybody`` are the slides and
+    patients of the cohort where their files were given; ``panels`` holds what every molecular table says of itself,
+    with ``patients`` (ids) and ``n_genes``.
+    """
 
     config: dict[str, Any]
     flow: list[dict[str, Any]]
@@ -97,6 +107,10 @@ class ReportData:
     oracle: dict[str, Any] | None
     stamps: list[dict[str, Any]] = field(default_factory=list)
     places: dict[str, tuple[str, str]] = field(default_factory=dict)
+    listed: pd.DataFrame | None = None
+    everybody: pd.DataFrame | None = None
+    panels: dict[str, dict[str, Any]] = field(default_factory=dict)
+    query: dict[str, Any] | None = None
 
     @property
     def names(self) -> list[str]:
@@ -177,6 +191,14 @@ def load_report(inputs: ReportInputs) -> ReportData:
         stamps.append({"file": _short(path), "sha256": file_sha256(path), **content["stamp"]})
         return content
 
+    def panel(path: Path) -> dict[str, Any]:
+        """Facts of a molecular table; of its columns only the patients are read."""
+        patients = read_parquet(path, "morphome.panel", columns=["patient_id"])["patient_id"].astype(str).tolist()
+        facts = parquet_meta(path)
+        stamps.append({"file": _short(path), "sha256": file_sha256(path), **facts.pop("stamp")})
+        facts.pop("gene_ids", None)
+        return {**facts, "patients": patients, "n_genes": len(pq.read_schema(path).names) - 1}
+
     cohort = text(inputs.cohort_flow, "morphome.flow")
     analysis = text(inputs.analysis_flow, "morphome.flow")
     tables = {name: table(Path(inputs.evaluation) / f"{name}.parquet", f"morphome.{name}") for name in _EVALUATION}
@@ -189,6 +211,10 @@ def load_report(inputs: ReportInputs) -> ReportData:
         sources=list(analysis.get("sources") or cohort.get("sources") or []),
         patients=patients,
         places=slide_places(patients, listed, everybody),
+        listed=listed,
+        everybody=everybody,
+        panels={name: panel(Path(path)) for name, path in inputs.panels.items() if Path(path).exists()},
+        query=text(inputs.query, "morphome.gdc_query") if inputs.query and Path(inputs.query).exists() else None,
         audit=table(inputs.audit, "morphome.slide_audit"),
         splits=table(inputs.splits, "morphome.splits"),
         facts=text(inputs.split_facts, "morphome.split_facts"),

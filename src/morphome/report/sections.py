@@ -7,51 +7,11 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
-from morphome.report import figures, marks, tables, words
+from morphome.report import figures, marks, words
 from morphome.report import format as fmt
 from morphome.report.format import Column, View
 from morphome.report.inputs import ReportData, is_neural
 from morphome.splits import HORIZON_NOTE
-
-
-def flow(data: ReportData) -> list[dict[str, Any]]:
-    """Boxes of the flow diagram: a start per unit, one per real loss, and the end.
-
-    Steps that left nobody out are named in ``checked`` of the box whose number they leave as it is: the last one of
-    their unit, or the end for the patients' steps that come last of all.
-    """
-    boxes: list[dict[str, Any]] = []
-    started: set[str] = set()
-    end = _box("end", "patients", data.n_patients, f"analysed, {fmt.plural(data.n_events, 'event')}")
-    steps = list(zip(data.flow, tables.flow(data).itertuples(), strict=True))
-    # The steps from here on are of patients and left nobody out.
-    closing = 1 + max((i for i, (_, r) in enumerate(steps) if r.unit != "patients" or r.excluded), default=-1)
-    for number, (step, row) in enumerate(steps):
-        listing = not row.excluded and str(row.step).startswith("listed")
-        if row.unit not in started:
-            started.add(row.unit)
-            name = str(row.step) if listing and row.step != "listed" else "listed"
-            boxes.append(_box("start", row.unit, row.before, name))
-            if listing:
-                continue
-        if row.excluded:
-            ids = [str(i) for i in step.get("excluded", [])]
-            name = str(row.step).removeprefix(f"{row.unit} ")
-            boxes.append(
-                _box("loss", row.unit, row.after, name)
-                | {"before": row.before, "excluded": row.excluded, "reason": words.codes(row.reason)}
-                | {"ids": ids[:40], "more": max(0, len(ids) - 40)}
-            )
-            continue
-        last = next(box for box in reversed(boxes) if box["unit"] == row.unit)
-        if row.unit == "patients" and last is not boxes[-1] and number >= closing:
-            last = end
-        last["checked"].append(words.check(row.step, row.unit))
-    return [*boxes, end]
-
-
-def _box(kind: str, unit: str, n: int, name: str) -> dict[str, Any]:
-    return {"kind": kind, "unit": unit, "n": n, "name": name, "checked": [], "excluded": 0, "ids": [], "more": 0}
 
 
 def baseline(table: pd.DataFrame) -> View:

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from morphome.report import cohort_tables, slide_tables
 from morphome.report import format as fmt
-from morphome.report import slide_tables
 from morphome.report.inputs import ReportData
 from morphome.survival import TIED_TOLERANCE, censoring_km
 
@@ -289,4 +289,7 @@ def all_tables(data: ReportData) -> dict[str, pd.DataFrame]:
         "comparisons": against_clinical(data),
         "run_times": run_times(data),
         "expert_use": expert_use(data),
+        "sources": cohort_tables.sources(data),
+        "gene_groups": cohort_tables.gene_groups(data),
+        "sites": cohort_tables.sites(data),
     }

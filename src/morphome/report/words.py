@@ -67,6 +67,20 @@ READERS = {
     "openslide": "OpenSlide",
     "vips": "libvips",
 }
+#: What the values of a molecular table are, by its value type.
+VALUE_TYPES = {
+    "log2_tpm_plus_1": "logarithms",
+    "tpm": "TPM",
+    "counts": "read counts",
+    "zscore": "z-scores",
+    "binary": "mutated or not",
+    "gistic": "GISTIC levels",
+    "copy_number": "copy numbers",
+    "log2_ratio": "log ratios",
+    "as_given": "as given",
+}
+#: Rules of molecular tables whose value is a list.
+RULES = {"rule_for_mutated": "counted as mutated"}
 _MPP_SOURCES = {
     "override": "set by hand for this slide",
     "assumed_from_power": "assumed from power",
@@ -90,6 +104,14 @@ def counted(counts: Mapping[str, int], said: Mapping[str, str]) -> str:
     """``the file cannot be read (2), no tissue found (1)``: most first; an unknown code loses its underscores."""
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{said.get(code, code.replace('_', ' '))} ({fmt.count(n)})" for code, n in ordered)
+
+
+def size(n_bytes: float) -> str:
+    """``320 GB``, ``2.1 GB``, ``14 MB``, ``< 1 MB``; decimal units."""
+    if n_bytes < 1e6:
+        return "< 1 MB"
+    n, unit = (n_bytes / 1e9, "GB") if n_bytes >= 1e9 else (n_bytes / 1e6, "MB")
+    return f"{fmt.number(n, 0 if n >= 10 else 1)} {unit}"
 
 
 def tidy(text: Any) -> str:
@@ -219,11 +241,25 @@ def source(given: Any) -> str:
     """One source of the cohort: role, file and format first, then what it held; what is empty is left out."""
     if not isinstance(given, Mapping):
         return str(given)
-    rest = {k: v for k, v in given.items() if k not in {"role", "path", "format"} and not _empty(v)}
+    rest = {k: v for k, v in given.items() if k not in {"role", "path", "format"}}
     head = str(given.get("path", "")) + (f" ({given['format']})" if given.get("format") else "")
     if given.get("role"):
         head = f"{given['role']}: {head}"
-    return "; ".join([head, *(_held(k, v) for k, v in rest.items())])
+    return "; ".join([head, *held(rest)])
+
+
+def held(facts: Mapping[str, Any]) -> list[str]:
+    """``98 rows``, ``odd: GX 109``: one text per fact; what is empty is left out."""
+    return [_held(key, value) for key, value in facts.items() if not _empty(value)]
+
+
+def rule(key: str, value: Any) -> str:
+    """A rule that a table was read by, as a text: ``rule_for_mutated`` may be the list of what counts."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (list, tuple)):
+        return f"{RULES.get(key, key.replace('_', ' '))}: {', '.join(str(v).replace('_', ' ') for v in value)}"
+    return _held(key, value)
 
 
 def _held(key: Any, value: Any) -> str:

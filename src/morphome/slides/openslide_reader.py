@@ -9,12 +9,25 @@ import numpy as np
 import openslide
 from PIL import Image
 
+from morphome.files import file_sample
 from morphome.slides.overview import area_mean, level_for
 from morphome.slides.reader import ReaderChoice, SlideError, SlideFacts, check_size
 from morphome.slides.tiff_directory import TIFF_STARTS
 
 #: Decoded tiles that OpenSlide keeps: neighbouring tiles of a row share native tiles, the default 32 MiB is too few.
 CACHE_BYTES = 128 << 20
+
+
+def slide_sample(path: Path) -> str:
+    """:func:`morphome.files.file_sample` of a slide as it is now; of a DICOM series, of the file that is read.
+
+    Raises:
+        OSError, SlideError: it is not there, or no slide.
+    """
+    if not path.is_dir():
+        return file_sample(path)
+    with OpenSlideReader(path) as reader:
+        return file_sample(reader.facts.path)
 
 
 class OpenSlideReader:

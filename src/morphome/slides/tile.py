@@ -61,6 +61,7 @@ def run_tile(
     qc_out: Path,
     geojson_out: Path,
     thumbnail_out: Path,
+    made_from: Mapping[str, str] | None = None,
 ) -> None:
     """Tile one slide.
 
@@ -74,6 +75,7 @@ def run_tile(
         qc_out: ``morphome.slide_qc``.
         geojson_out: tissue polygons in level-0 pixels, for QuPath.
         thumbnail_out: JPEG with the outline and the tiles.
+        made_from: kept in the quality record, for whoever asks whether the files are still right.
 
     A slide that cannot be used does not raise: the outputs say "failed" with a reason code and a text.
 
@@ -101,6 +103,7 @@ def run_tile(
     write_text(json.dumps(to_geojson(slide.polygons), separators=(",", ":")) + "\n", geojson_out)
     write_thumbnail(slide.picture, thumbnail_out)
     slide.qc["seconds"] = round(time.perf_counter() - started, 3)
+    slide.qc["made_from"] = dict(made_from or {})
     write_json(slide.qc, qc_out, "morphome.slide_qc", settings)
 
 

@@ -1,0 +1,105 @@
+"""Commands that fetch: from the GDC, from where files were published, and the weights of the encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from morphome.cli_base import DEFAULT, Config, Run
+from morphome.errors import MorphomeError
+from morphome.paths import PUBLISHED
+from morphome.workflow import gdc_kinds, slide_jobs, slide_rows
+
+Limit = Annotated[float, typer.Option("--mb-per-second", min=0, help="Megabytes per second at most; 0 is no limit.")]
+
+
+def manifest(config: Config = DEFAULT) -> None:
+    """Ask the GDC which slides and molecular files a cohort has, and write the list that the run keeps to."""
+    from morphome.download.manifest import run_manifest
+
+    run = Run(config)
+    run_manifest(settings=run.settings("manifest"), gdc=_gdc(run, config), out=run.paths.gdc)
+
+
+def fetch(
+    job: Annotated[int | None, typer.Option(help="Slides of a job (slides.per_job slides), from 1.")] = None,
+    panel: Annotated[str | None, typer.Option(help="Molecular files: rna, mut or cnv.")] = None,
+    mb_per_second: Limit = 0,
+    config: Config = DEFAULT,
+) -> None:
+    """Fetch slides or molecular files of the manifest. Files that are there are passed over, broken ones resumed."""
+    from morphome.download.fetch import run_fetch
+    from morphome.download.listing import read_manifest
+    from morphome.download.transfer import RemoteFile
+
+    run = Run(config)
+    gdc = _gdc(run, config)
+    if (job is None) == (panel is None):
+        raise MorphomeError("fetch: give either --job or --panel", "--job 1, or --panel rna")
+    listed = read_manifest(run.paths.gdc / "manifest.tsv")
+    if panel is not None:
+        if panel not in (kinds := gdc_kinds(run.config)):
+            raise MorphomeError(f"--panel {panel}: not configured", f"one of {', '.join(kinds) or 'none'}")
+        chosen = [file for file in listed if file.kind == panel]
+    else:
+        rows = {row.slide_id: row for row in slide_rows(run.config)}
+        jobs = slide_jobs(run.config, list(rows))
+        if not 1 <= job <= len(jobs):
+            raise MorphomeError(f"--job {job}: there are {len(jobs)} jobs", "give a number of these")
+        wanted = {rows[slide].file_id for slide in jobs[job - 1]}
+        chosen = [file for file in listed if file.kind == "slides" and file.file_id in wanted]
+    folder, api = Path(gdc["folder"]), gdc["api"].rstrip("/")
+    files = [
+        RemoteFile(
+            url=f"{api}/data/{file.file_id}",
+            target=folder / file.file_id / file.name,
+            size=file.size,
+            md5=file.md5,
+            label=file.name,
+        )
+        for file in chosen
+        if not file.local_path
+    ]
+    run_fetch(
+        files=files,
+        out=run.paths.fetched(panel or f"slides_{job}"),
+        settings=run.settings("fetch"),
+        connections=gdc["connections"],
+        mb_per_second=mb_per_second,
+    )
+
+
+def published(
+    name: Annotated[str, typer.Argument(help="File name; without one, what there is.")] = "", config: Config = DEFAULT
+) -> None:
+    """Fetch a file that others published (TCGA-CDR, gene sets) and check it; without a name, list them."""
+    from morphome.download.published import published_file, published_names, run_published
+
+    if not name:
+        for one in published_names():
+            file = published_file(one)
+            print(f"{one}: {file.what} ({file.licence})")
+        return
+    run_published(name=name, out=PUBLISHED / name, **_mirror(config))
+
+
+def weights(config: Config = DEFAULT) -> None:
+    """Fetch the weights of the encoder of a run, where they are public and their checksum is known."""
+    from morphome.features.prefetch import run_weights
+
+    run = Run(config)
+    run_weights(features=run.config["features"], out=run.paths.weights)
+
+
+def _gdc(run: Run, config: Path) -> dict:
+    if "gdc" not in run.config:
+        raise MorphomeError(f"{config}: there is no section 'gdc'", "add it, or skip this step for a local cohort")
+    return run.config["gdc"]
+
+
+def _mirror(config: Path) -> dict[str, str]:
+    """Address of the GDC, where the configuration says it."""
+    gdc = Run(config).config.get("gdc")
+    return {"api": gdc["api"]} if gdc else {}

@@ -1,0 +1,83 @@
+# Files that others published, each with its checksum: TCGA-CDR, gene sets.
+rule published:
+    output:
+        PUBLISHED / "{name}",
+    log:
+        PATHS.log("published", "{name}"),
+    priority: 100
+    conda:
+        "../../envs/models.yaml"
+    resources:
+        network=1,
+    message:
+        "published: {wildcards.name}"
+    shell:
+        "morphome published {wildcards.name:q} > {log:q} 2>&1"
+
+
+if "gdc" in CONFIG:
+
+    # Until this has run, nobody knows which slides there are. The list is then pinned: new code does not ask again.
+    checkpoint manifest:
+        input:
+            pinned_files(CONFIG),
+        output:
+            PATHS.gdc_tables,
+        log:
+            PATHS.log("manifest"),
+        priority: 100
+        conda:
+            "../../envs/models.yaml"
+        resources:
+            network=1,
+        params:
+            key=key_of("manifest"),
+        message:
+            "manifest: which slides and tables the GDC has"
+        shell:
+            "morphome manifest > {log:q} 2>&1"
+
+    # `--resources network=8 mb_per_second=100` limits all downloads together, `--set-resources
+    # fetch_slides:mb_per_second=20` one of them; 0 is no limit.
+    rule fetch_tables:
+        input:
+            PATHS.gdc / "manifest.tsv",
+        output:
+            PATHS.fetched("{panel}"),
+        log:
+            PATHS.log("fetch", "{panel}"),
+        priority: 100
+        conda:
+            "../../envs/models.yaml"
+        resources:
+            network=1,
+            mb_per_second=0,
+        message:
+            "fetch_tables: files of {wildcards.panel}"
+        shell:
+            "morphome fetch --panel {wildcards.panel} --mb-per-second {resources.mb_per_second} > {log:q} 2>&1"
+
+    # The list of a job's slides, not the slides themselves: these may lie in another folder, and be shared by runs.
+    # Where slides are deleted once they are encoded, the list is temporary, so that Snakemake fetches them again when a
+    # changed setting needs their pixels.
+    rule fetch_slides:
+        input:
+            PATHS.gdc / "manifest.tsv",
+            PATHS.gdc / "sample_sheet.tsv",
+        output:
+            (
+                temp(PATHS.fetched("slides_{job}"))
+                if CONFIG["gdc"]["delete_slides"]
+                else PATHS.fetched("slides_{job}")
+            ),
+        log:
+            PATHS.log("fetch", "slides_{job}"),
+        conda:
+            "../../envs/models.yaml"
+        resources:
+            network=1,
+            mb_per_second=0,
+        message:
+            "fetch_slides {wildcards.job}"
+        shell:
+            "morphome fetch --job {wildcards.job} --mb-per-second {resources.mb_per_second} > {log:q} 2>&1"
