@@ -38,7 +38,7 @@ def fetch(
     gdc = _gdc(run, config)
     if (job is None) == (panel is None):
         raise MorphomeError("fetch: give either --job or --panel", "--job 1, or --panel rna")
-    listed = read_manifest(run.paths.gdc / "manifest.tsv")
+    listed = read_manifest(run.paths.gdc_manifest)
     if panel is not None:
         if panel not in (kinds := gdc_kinds(run.config)):
             raise MorphomeError(f"--panel {panel}: not configured", f"one of {', '.join(kinds) or 'none'}")

@@ -75,6 +75,18 @@ class Paths:
     def gdc_tables(self) -> list[Path]:
         return [self.gdc / name for name in GDC_TABLES]
 
+    @property
+    def gdc_query(self) -> Path:
+        return self.gdc / "query.json"
+
+    @property
+    def gdc_manifest(self) -> Path:
+        return self.gdc / "manifest.tsv"
+
+    @property
+    def gdc_sheet(self) -> Path:
+        return self.gdc / "sample_sheet.tsv"
+
     def fetched(self, part: str) -> Path:
         """List of the files of a panel (``rna``), or of a job of slides (``slides_1``), that were fetched."""
         return self.gdc / "fetched" / f"{part}.json"

@@ -11,6 +11,7 @@ import pytest
 
 from morphome.cohort.clinical import read_clinical
 from morphome.cohort.flow import drop_unusable
+from morphome.download.cases import clinical_tsv
 from morphome.errors import MorphomeError
 
 
@@ -91,6 +92,48 @@ def test_a_second_diagnosis_does_not_fill_gaps_of_the_primary_one(tmp_path):
     assert np.isnan(table.loc["P1", "stage"]) and table.loc["P1", "age_years"] == pytest.approx(60.0)
     assert table.loc["P1", "time_months"] == pytest.approx(900 / 30.4375)  # every contact counts
     assert table.loc["P2", "stage"] == 1 and found.notes["patients_with_unlike_diagnoses"] == 1
+
+
+def test_the_kind_of_tumour_tells_the_primary_diagnosis_where_no_flag_does(tmp_path):
+    kind = "diagnoses.classification_of_tumor\tdiagnoses.diagnosis_is_primary_disease"
+    header = GDC.replace("treatment_type", kind)
+    rows = [
+        ("P1", "Alive", "'--", "9", "male", "29220", "Stage IV", "metastasis", "'--"),
+        ("P1", "Alive", "'--", "9", "male", "21915", "Stage I", "primary", "'--"),
+        ("P2", "Alive", "'--", "9", "male", "29220", "Stage IV", "metastasis", "'--"),
+        ("P3", "Alive", "'--", "9", "male", "29220", "Stage IV", "primary", "false"),  # the flag decides
+        ("P3", "Alive", "'--", "9", "male", "21915", "Stage II", "primary", "true"),
+    ]
+    table = read_clinical("gdc_clinical", gdc_file(tmp_path, rows, header)).table
+    assert table["stage"].tolist() == [1, 4, 2] and table["age_years"].round().tolist() == [60, 80, 60]
+
+
+def test_the_table_that_the_query_writes_is_read(tmp_path):
+    visits = [{"days_to_follow_up": 100}, {"days_to_follow_up": 800}]
+    first = {"diagnosis_id": "b", "diagnosis_is_primary_disease": True, "tumor_grade": "G2", "age_at_diagnosis": 21915}
+    second = {"diagnosis_id": "a", "diagnosis_is_primary_disease": False, "tumor_grade": "G4"}
+    site = {"code": "CV", "name": "MD Anderson Cancer Center"}
+    case = {"project": {"project_id": "TCGA-HNSC"}, "tissue_source_site": site}
+    cases = [
+        {
+            **case,
+            "submitter_id": "TCGA-CV-0001",
+            "demographic": {"vital_status": "Alive", "sex_at_birth": "female"},
+            "diagnoses": [second, first],
+            "follow_ups": visits,
+        },
+        {**case, "submitter_id": "TCGA-CV-0002", "demographic": {"vital_status": "Dead", "days_to_death": 30.0}},
+        {"submitter_id": "TCGA-CV-0003", "project": {"project_id": "TCGA-LUAD"}},
+    ]
+    path = tmp_path / "clinical.tsv"
+    path.write_text(clinical_tsv(cases))
+    found = read_clinical("gdc_clinical", path)
+    assert found.table["records"].tolist() == [4, 1, 1]
+    assert found.table.loc[0, ["sex", "grade", "event"]].tolist() == ["female", 2.0, 0.0]
+    np.testing.assert_allclose(found.table["time_months"], [800 / 30.4375, 30 / 30.4375, np.nan])
+    assert found.table["site"].tolist() == ["MD Anderson Cancer Center"] * 2 + ["CV"]
+    assert found.table["why"].tolist() == ["", "", "vital status neither alive nor dead"]
+    assert read_clinical("gdc_clinical", path, types=["LUAD"]).table["patient_id"].tolist() == ["TCGA-CV-0003"]
 
 
 def test_gdc_clinical_names_the_institution(tmp_path):

@@ -66,9 +66,12 @@ def test_a_hanging_server_is_asked_again_after_the_timeout(gdc, records):
 
 def test_it_ends_after_the_last_attempt_and_names_the_cause(gdc):
     faults = {"/status": ["503", "always"]}
-    with gdc.GdcServer([], faults=faults) as server, Gdc(server.url, attempts=3) as api:
-        with pytest.raises(MorphomeError, match=r"after 3 attempts; the last one: 503: Service Unavailable") as caught:
-            api.status()
+    with (
+        gdc.GdcServer([], faults=faults) as server,
+        Gdc(server.url, attempts=3) as api,
+        pytest.raises(MorphomeError, match=r"after 3 attempts; the last one: 503: Service Unavailable") as caught,
+    ):
+        api.status()
     assert len(server.log) == 3
     assert "gdc.pinned" in caught.value.remedy
 
@@ -76,23 +79,32 @@ def test_it_ends_after_the_last_attempt_and_names_the_cause(gdc):
 def test_nobody_listens(gdc):
     with gdc.GdcServer([]) as server:
         url = server.url
-    with Gdc(url, attempts=2) as api, pytest.raises(MorphomeError, match="after 2 attempts; the last one: ConnectError"):
+    with (
+        Gdc(url, attempts=2) as api,
+        pytest.raises(MorphomeError, match="after 2 attempts; the last one: ConnectError"),
+    ):
         api.status()
 
 
 @pytest.mark.parametrize(("fault", "message"), [("403", "You don't have access"), ("404", "not found")])
 def test_a_refusal_is_not_repeated_and_quotes_the_server(gdc, fault, message):
     faults = {"/files": [fault, "always"]}
-    with gdc.GdcServer([], faults=faults) as server, Gdc(server.url) as api:
-        with pytest.raises(MorphomeError, match=f"refused with {fault}: {message}"):
-            search(api)
+    with (
+        gdc.GdcServer([], faults=faults) as server,
+        Gdc(server.url) as api,
+        pytest.raises(MorphomeError, match=f"refused with {fault}: {message}"),
+    ):
+        search(api)
     assert len(server.log) == 1
 
 
 def test_a_redirect_is_not_followed_as_it_would_lose_the_filters(gdc):
-    with gdc.GdcServer([], faults={"/files": ["redirect:/elsewhere"]}) as server, Gdc(server.url) as api:
-        with pytest.raises(MorphomeError, match="points to /elsewhere"):
-            search(api)
+    with (
+        gdc.GdcServer([], faults={"/files": ["redirect:/elsewhere"]}) as server,
+        Gdc(server.url) as api,
+        pytest.raises(MorphomeError, match="points to /elsewhere"),
+    ):
+        search(api)
     assert [path for _, path, _ in server.log] == ["/files"]
 
 
@@ -137,14 +149,17 @@ def test_something_else_than_the_gdc():
 
 @pytest.mark.parametrize("url", ["api.gdc.cancer.gov", "ftp://x", "", "https://"])
 def test_an_address_is_checked_at_once(url):
-    with pytest.raises(MorphomeError, match="gdc.api"):
+    with pytest.raises(MorphomeError, match=r"gdc\.api: "):
         Gdc(url)
 
 
 def test_warnings_of_the_server_are_passed_on_once(gdc, records):
-    with gdc.GdcServer(records, max_page=10) as server, Gdc(server.url) as api:
-        with pytest.warns(MorphomeWarning, match=r"unrecognized values: \[demographic.gender\]") as caught:
-            list(api.search("files", EVERYTHING, ["file_id", "demographic.gender"]))
+    with (
+        gdc.GdcServer(records, max_page=10) as server,
+        Gdc(server.url) as api,
+        pytest.warns(MorphomeWarning, match=r"unrecognized values: \[demographic.gender\]") as caught,
+    ):
+        list(api.search("files", EVERYTHING, ["file_id", "demographic.gender"]))
     assert len(caught) == 1
 
 
@@ -179,8 +194,3 @@ def test_waits_grow_with_jitter_and_heed_the_server(monkeypatch):
         assert 0.5 * middle <= min(waits) < max(waits) <= 1.5 * middle
     assert wait_s(State(5, api_module._Again("429", 3.0))) == 3.0
     assert wait_s(State(1, api_module._Again("429", 4000.0))) == 60.0
-
-
-@pytest.mark.parametrize(("header", "seconds"), [("7", 7.0), ("Wed, 21 Oct 2026 07:28:00 GMT", None), ("", None)])
-def test_retry_after(header, seconds):
-    assert api_module.retry_after_s(httpx.Response(429, headers={"Retry-After": header})) == seconds

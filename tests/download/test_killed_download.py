@@ -29,7 +29,7 @@ run_fetch(files=files, out=out, settings={}, connections=2, say=print)
 
 @pytest.fixture
 def slow_server(gdc):
-    """``slow_server(stall_s)``: two slides that come in eight pieces, with stalls between them, when first asked for."""
+    """``slow_server(stall_s)``: two slides, each in eight pieces with stalls between them at the first asking."""
     servers = []
 
     def begin(stall_s: float):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+from collections import Counter
+
 import pytest
 
 from morphome.cohort.barcode import TUMOUR_CODES
@@ -79,6 +82,42 @@ def test_a_slide_on_a_portion_is_known_by_its_barcode(gdc):
     assert read(record, "slides").tissue_types == ("Normal",)
 
 
+def test_real_slides_in_the_columns_of_the_real_sheet(gdc, shared_data):
+    """940 diagnostic slides of three kidney projects; 36 of them carry a frozen sample beside their own."""
+    rows = list(csv.DictReader((shared_data / "gdc/gdc_sample_sheet.tsv").open(encoding="utf-8"), delimiter="\t"))
+    names = ("File ID", "File Name", "Data Category", "Data Type", "Project ID", "Case ID", "Sample ID")
+    other = 0
+    for row in rows:
+        own = {"file_id": row["File ID"], "file_name": row["File Name"], "project": row["Project ID"], "size": 1}
+        case, _, _ = row["Case ID"].partition(",")
+        record = gdc.slide_record(case, **own)
+        record["cases"][0]["samples"] = [gdc.sample(barcode) for barcode in row["Sample ID"].split(", ")]
+        made = sheet_row(read(record, "slides"))
+        assert {name: made[name] for name in names} == {name: row[name] for name in names}
+        # The same slide as if it hung on a portion: its barcode says which sample it is of.
+        del record["cases"][0]["samples"], record["associated_entities"]
+        (sample,) = read(record, "slides").sample_ids
+        assert sample in row["Sample ID"]
+        other += sample != row["Sample ID"]
+        assert {barcode[13:15] for barcode in row["Sample ID"].split(", ")} == {sample[13:15]}
+    assert (len(rows), other) == (940, 36)
+
+
+def test_real_slides_of_normal_tissue_are_left_out(gdc, shared_data):
+    """3,220 slides of the two lung projects: 591 of normal tissue."""
+    path = shared_data / "gdc/manifests/gdc_manifest_LUAD_LUSC_slides.txt"
+    files = []
+    for row in csv.DictReader(path.open(encoding="utf-8"), delimiter="\t"):
+        own = {"file_id": row["id"], "file_name": row["filename"], "md5sum": row["md5"], "size": 1}
+        files.append(read(gdc.slide_record(row["filename"][:12], on_portion=True, **own), "slides"))
+    kept, left_out = keep_tumours(files, TUMOUR_CODES)
+    reasons = Counter(one.reason for one in left_out)
+    assert len(kept) + len(left_out) == 3220
+    assert reasons["sample type 11 (solid tissue normal)"] == 591
+    assert all("-11" not in file.name[12:15] for file in kept)
+    assert sum("-DX" in file.name for file in kept) == 1053 - sum("-DX" in one.name for one in left_out)
+
+
 def test_samples_in_the_words_of_before_2023(gdc):
     record = gdc.rna_record("X-1")
     record["cases"][0]["samples"] = [{"submitter_id": "X-1-A", "sample_type": "Solid Tissue Normal"}]
@@ -117,7 +156,7 @@ def test_a_hit_that_cannot_be_fetched_is_named(gdc, change, message):
 
 def test_a_server_that_ignores_the_question_is_found_out(gdc, monkeypatch):
     monkeypatch.setattr(gdc, "_match", lambda *_: True)
-    with pytest.raises(MorphomeError, match="asked for TCGA-READ, the answer holds .* of TCGA-COAD"):
+    with pytest.raises(MorphomeError, match=r"asked for TCGA-READ, the answer holds .* of TCGA-COAD"):
         asked(gdc, [gdc.slide_record()], "slides", "TCGA-READ")
 
 

@@ -305,13 +305,90 @@ def test_a_whole_part_is_checked_and_not_fetched(serve, tmp_path: Path) -> None:
     assert right(file) and server.log == []
 
 
-@pytest.mark.parametrize("left", [b"x" * SIZE, b"x" * (SIZE + 5), b"x" * 1000], ids=["wrong", "long", "other start"])
-def test_a_bad_part_is_thrown_away(serve, tmp_path: Path, left: bytes) -> None:
+@pytest.mark.parametrize(
+    ("left", "ranges"),
+    [(b"x" * SIZE, [None]), (b"x" * (SIZE + 5), [None]), (b"x" * 1000, ["bytes=1000-", None])],
+    ids=["wrong", "long", "other start"],
+)
+def test_a_bad_part_is_thrown_away(serve, tmp_path: Path, left: bytes, ranges: list) -> None:
     server = serve()
     file, seen = remote(server, tmp_path), []
     begun(file, left)
     assert fetch(file, progress=seen.append) is True
-    assert right(file) and sum(seen) == SIZE
+    assert right(file) and sum(seen) == SIZE and server.ranges(ID) == ranges
+
+
+def test_a_bad_part_is_not_held_against_the_server(serve, tmp_path: Path) -> None:
+    file = remote(serve("corrupt"), tmp_path)
+    begun(file, b"x" * SIZE)
+    assert fetch(file) is True
+    assert right(file)
+
+
+def answering(answer, file: RemoteFile, **options) -> list[str | None]:
+    """Fetch from ``answer(number of the request, first byte asked for)``; the Range headers it saw."""
+    asked: list[str | None] = []
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        asked.append(request.headers.get("Range"))
+        return answer(len(asked), int((asked[-1] or "bytes=0-")[6:-1]))
+
+    with httpx.Client(transport=httpx.MockTransport(respond)) as client:
+        assert fetch_file(file, client, say=options.pop("say", lambda line: None), **options) is True
+    return asked
+
+
+def stream(status: int, body: bytes, **headers: str) -> httpx.Response:
+    sent = {name.replace("_", "-"): value for name, value in headers.items()}
+    return httpx.Response(status, headers=sent, stream=httpx.ByteStream(body))
+
+
+def test_a_server_with_wrong_ranges_is_asked_for_the_whole(tmp_path: Path) -> None:
+    def answer(number: int, first: int) -> httpx.Response:
+        if first:
+            return stream(206, BODY[500:], Content_Range=f"bytes 500-{SIZE - 1}/{SIZE}")
+        return stream(200, BODY)
+
+    file, said = RemoteFile("https://example.org/x", tmp_path / "d" / "x", SIZE, MD5), []
+    begun(file, BODY[:1000])
+    assert answering(answer, file, say=said.append) == ["bytes=1000-", None]
+    assert right(file)
+    assert said[0].startswith("x: asked for bytes 1,000 and on, the server sends 'bytes 500-")
+
+
+def test_a_server_that_sends_less_than_asked_for_is_asked_again(tmp_path: Path) -> None:
+    def answer(number: int, first: int) -> httpx.Response:
+        body = BODY[first : first + 100_000]
+        return stream(206, body, Content_Range=f"bytes {first}-{first + len(body) - 1}/{SIZE}")
+
+    file = RemoteFile("https://example.org/x", tmp_path / "d" / "x", SIZE, MD5)
+    begun(file, BODY[:1000])
+    assert answering(answer, file) == ["bytes=1000-", "bytes=101000-", "bytes=201000-"]
+    assert right(file)
+
+
+def test_what_a_wrong_page_announced_is_forgotten(tmp_path: Path) -> None:
+    def answer(number: int, first: int) -> httpx.Response:
+        return stream(200, b"log in", Content_Length="6") if number == 1 else stream(200, BODY)
+
+    file = RemoteFile("https://example.org/x", tmp_path / "d" / "x", None, MD5)
+    assert answering(answer, file) == [None, None]
+    assert right(file)
+
+
+def test_a_part_that_is_deleted_before_its_lock_is_made_anew(serve, tmp_path: Path, monkeypatch) -> None:
+    real, n_locks = transfer._lock, []
+
+    def late(part, file: RemoteFile) -> bool:
+        n_locks.append(part)
+        if len(n_locks) == 1:
+            file.part.unlink()
+        return real(part, file)
+
+    monkeypatch.setattr(transfer, "_lock", late)
+    file = remote(serve(), tmp_path)
+    assert fetch(file) is True
+    assert right(file) and len(n_locks) == 2
 
 
 def test_a_part_of_a_file_of_unknown_size(serve, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from morphome.errors import MorphomeError, MorphomeWarning
 from morphome.files import parquet_meta, read_json, read_parquet
+from morphome.genomics.groups import match_groups, read_groups
 from morphome.genomics.panels import run_genes
 from morphome.genomics.sources import read_panel
 
@@ -37,6 +38,25 @@ def test_porpoise_panels(tmp_path):
     cnv = read_panel("cnv", table, None)
     assert cnv.patients == ["TCGA-05-0002"] and cnv.value_type == "gistic"
     assert cnv.notes["patients_without_value"] == ["TCGA-05-0001"]
+
+
+BARE = (
+    "case_id,slide_id,site,is_female,age,survival_months,censorship,train,alive,is_smoker,TMB,GA_cnv,GA,C1orf9,RAS\n"
+    "P1,s1.svs,1,1,60,1,0,1,1,0,2,1,1,,1\nP2,s2.svs,1,0,60,1,0,0,0,1,3,-1,0,1,0\n"
+)
+
+
+def test_mutations_under_bare_gene_names(tmp_path):
+    table = table_file(tmp_path, BARE)
+    panel = read_panel("mut", table, None)
+    assert panel.genes == ["C1orf9", "GA"] and panel.notes["not_genes"] == ["RAS"]
+    np.testing.assert_array_equal(panel.values, np.float32([[np.nan, 1], [1, 0]]))
+    # no symbol, or more than two values: named, not taken
+    assert panel.notes["columns_passed_over"] == ["alive", "is_smoker", "TMB"]
+    assert "bare gene names" in panel.notes["rule_for_columns"]
+    suffixed = read_panel("mut", table_file(tmp_path, BARE.replace("RAS", "TP53_mut")), None)
+    assert suffixed.genes == ["TP53"] and "_mut" in suffixed.notes["rule_for_columns"]
+    assert read_panel("cnv", table, None).genes == ["GA"]
 
 
 def test_porpoise_errors(tmp_path):
@@ -83,9 +103,7 @@ def test_bad_csv_panels_are_named(tmp_path, text, words):
     assert "molecular.rna" in str(caught.value)
 
 
-def test_formats_hold_their_panel_only(tmp_path):
-    with pytest.raises(MorphomeError, match=r"molecular\.mut\.format: star_counts files hold rna"):
-        read_panel("mut", {"format": "star_counts", "path": str(tmp_path)}, None)
+def test_paths_are_checked(tmp_path):
     with pytest.raises(MorphomeError, match=r"molecular\.rna\.path"):
         read_panel("rna", {"format": "csv", "path": str(tmp_path / "no.csv")}, None)
     (tmp_path / "file").write_text("x")
@@ -98,7 +116,7 @@ def test_the_step_writes_panels_and_groups(tmp_path):
     (tmp_path / "g.gmt").write_text("one\tx\tTP53\tGA\nfew\tx\tGB\nnone\tx\tZZ\n")
     settings = {"molecular": {"rna": table, "mut": table, "groups": {"path": str(tmp_path / "g.gmt"), "min_genes": 2}}}
     out = {panel: tmp_path / f"{panel}.parquet" for panel in ("rna", "mut")}
-    with pytest.warns(MorphomeWarning, match="'few' dropped|'none' dropped"):
+    with pytest.warns(MorphomeWarning, match="2 of 3 gene groups dropped: 'few': 1 of 1 genes.*'none': 0 of 1"):
         run_genes(settings=settings, panels_out=out, groups_out=tmp_path / "groups.json")
     rna = read_parquet(out["rna"], "morphome.panel", settings)
     assert rna.columns.tolist() == ["patient_id", "GA", "GB"]
@@ -110,7 +128,7 @@ def test_the_step_writes_panels_and_groups(tmp_path):
     assert set(groups["dropped"]) == {"few", "none"}
 
     settings["molecular"]["groups"]["min_genes"] = 3
-    with pytest.raises(MorphomeError, match=r"no group has 3 columns"):
+    with pytest.raises(MorphomeError, match=r"no group has 3 genes with a column"):
         run_genes(settings=settings, panels_out=out, groups_out=tmp_path / "groups.json")
     with pytest.raises(ValueError, match="panels configured"):
         run_genes(settings=settings, panels_out={"rna": out["rna"]}, groups_out=None)
@@ -121,7 +139,7 @@ def test_the_step_writes_panels_and_groups(tmp_path):
     [
         (
             ",P1,P2\nTP53,1,2\nGA,3,4\n",
-            r"no group has 1 column in .*ask for TP53, MYC; .*rna: P1, P2(.|\n)*turn the table",
+            r"no group has 1 gene with a column in .*ask for TP53, MYC; .*rna: P1, P2(.|\n)*turn the table",
         ),
         ("patient_id,ENSG1\nP1,1\n", r"ask for TP53, MYC; .*rna: ENSG1(.|\n)*alike in both"),
     ],
@@ -165,11 +183,53 @@ def test_real_group_sizes(tmp_path, shared_data, cohort, panels, sizes):
         assert shapes == {"rna": (416, 1558), "mut": (416, 174), "cnv": (416, 478)}
 
 
-def test_real_survpath_table_is_joined_by_barcode(shared_data):
-    path = shared_data / "tables" / "survpath" / "rna_xena_blca.csv.gz"
-    panel = read_panel("rna", {"format": "csv", "path": str(path)}, None)
-    assert panel.values.shape == (360, 1577) and panel.patients == sorted(panel.patients)
-    assert panel.values.min() == pytest.approx(-9.97, abs=0.01)
+@pytest.mark.parametrize(
+    ("file", "panel", "patients", "genes"),
+    [
+        ("mcat/sig/tcga_blca", "rna", 373, 2814),
+        ("mcat/sig/tcga_blca", "cnv", 373, 248),
+        ("mcat/sig/tcga_luad", "rna", 453, 2812),
+        ("mcat/sig/tcga_luad", "cnv", 453, 284),
+        ("mcat/sig/tcga_ucec", "cnv", 480, 123),
+        ("mcat/full/tcga_ucec", "cnv", 480, 935),
+        ("porpoise/tcga_ucec", "cnv", 480, 5),
+    ],
+)
+def test_real_column_counts(shared_data, file, panel, patients, genes):
+    path = shared_data / "tables" / f"{file}_all_clean.csv.zip"
+    found = read_panel(panel, {"format": "porpoise", "path": str(path)}, None)
+    assert found.values.shape == (patients, genes)
+
+
+def test_real_mutations_under_bare_names_agree_with_the_suffixed_ones(shared_data):
+    """PORPOISE's 1,405 genes are all among MCAT's; calls differ in one patient, whose recurrence MCAT also took."""
+    bare, suffixed = (
+        read_panel("mut", {"format": "porpoise", "path": str(shared_data / "tables" / file)}, None)
+        for file in ("mcat/full/tcga_ucec_all_clean.csv.zip", "porpoise/tcga_ucec_all_clean.csv.zip")
+    )
+    assert bare.values.shape == (480, 8137) and suffixed.values.shape == (480, 1405)
+    assert bare.notes["columns_passed_over"] == [] and "columns_passed_over" not in suffixed.notes
+    patients = sorted(set(bare.patients) & set(suffixed.patients))
+    genes = sorted(set(bare.genes) & set(suffixed.genes))
+    pair = [
+        panel.values[np.ix_([panel.patients.index(p) for p in patients], [panel.genes.index(g) for g in genes])]
+        for panel in (bare, suffixed)
+    ]
+    assert (len(patients), len(genes)) == (480, 1405)
+    differ = np.argwhere(pair[0] != pair[1])
+    assert len(differ) == 19 and {patients[row] for row, _ in differ} == {"TCGA-BK-A139"}
+    assert (pair[0] >= pair[1]).all()
+    groups, _ = read_groups(shared_data / "genesets" / "mcat_signatures.csv")
+    # the published groups look for <gene>_mut and hold none of these
+    sizes = [len(columns) for columns in match_groups(groups, {"mut": bare.genes})["groups"].values()]
+    assert sizes == [55, 202, 340, 182, 788, 81]
+
+
+@pytest.mark.parametrize("file", ["sig/tcga_blca", "sig/tcga_luad", "sig/tcga_ucec"])
+def test_real_mcat_tables_without_mutations(shared_data, file):
+    path = shared_data / "tables" / "mcat" / f"{file}_all_clean.csv.zip"
+    with pytest.raises(MorphomeError, match="no column of a bare gene name holds mutations"):
+        read_panel("mut", {"format": "porpoise", "path": str(path)}, None)
 
 
 def test_real_ucec_has_no_rna(shared_data):

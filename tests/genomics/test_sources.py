@@ -48,7 +48,7 @@ def gdc_folder(root: Path, data_type: str, texts: list[str], ending: str) -> dic
 
 
 def star(root: Path) -> dict[str, Any]:
-    header = "gene_id gene_name gene_type unstranded stranded_first stranded_second tpm_unstranded".split()
+    header = ["gene_id", "gene_name", "gene_type", "unstranded", "stranded_first", "stranded_second", "tpm_unstranded"]
     texts = [
         "# gene-model: GENCODE v36\n"
         + tsv([header, *([f"ENSG{n}.1", gene, "x", 1, 1, 1, row[n]] for n, gene in enumerate(GENES))])
@@ -265,7 +265,7 @@ def test_expression_is_in_no_gene_group(tmp_path):
     text = (tmp_path / "groups.json").read_text()
     assert '"rna"' in text and '"expression"' not in text.split('"groups"')[1].split('"match"')[0]
     settings = {"molecular": {"expression": table, "groups": groups}}
-    with pytest.raises(MorphomeError, match="no group has 1 column"):
+    with pytest.raises(MorphomeError, match="no group has 1 gene with a column"):
         run_genes(settings=settings, panels_out={"expression": out["expression"]}, groups_out=tmp_path / "g.json")
 
 
@@ -293,8 +293,8 @@ def test_other_sample_types_on_request(tmp_path):
         read_panel("rna", table, None, ("06",))
 
 
-def test_real_survpath_table_against_xena_reading(shared_data):
-    """360 patients x 1,577 genes of log2(x + 0.001): joined by barcode, so the row order of the file is of no matter."""
+def test_real_survpath_table_is_read_cell_by_cell(shared_data):
+    """360 patients x 1,577 genes of log2(x + 0.001): joined by barcode, whatever the order of the rows."""
     path = shared_data / "tables" / "survpath" / "rna_xena_blca.csv.gz"
     panel = read_panel("rna", {"format": "csv", "path": str(path), "unit": "log2(x + 0.001)"}, None)
     assert panel.values.shape == (360, 1577) and panel.patients == sorted(panel.patients)

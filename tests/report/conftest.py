@@ -695,14 +695,14 @@ class GdcCohort:
         many, gone = self.left[:900], [f"TCGA-AB-{i}" for i in range(7000, 7005)]
         twice = [f"TCGA-AB-{1000 + 6 * i}" for i in range(3)]
         total = n + 1 + 5 + self.LEFT
-        words = "two rows per patient, one per treatment"
-        total = step("one record per patient", "records", total + 6, [*twice, *twice], words)
+        why = "further rows of a patient who is listed already"
+        total = step("records joined by patient", "records", total + 6, [*twice, *twice], why)
         step("listed in the clinical table", "patients", total, [])
         left = step("not redacted", "patients", total, self.left[980:], "redacted by TCGA")
-        left = step("with event status", "patients", left, gone, "event status missing (Not Reported)")
-        why = "time missing (no days to death; no days to last follow-up)"
+        left = step("with event status", "patients", left, gone, "event status missing (Not Reported: 5)")
+        why = "time missing (dead without days to death: 500; alive without follow-up: 400)"
         left = step("with follow-up time", "patients", left, many, why)
-        left = step("with time not negative", "patients", left, [])
+        left = step("with time not below zero", "patients", left, [])
         left = step("with time above zero", "patients", left, self.left[900:960], "time zero")
         slides = len(run.slide_ids) + n + 30
         step("listed", "slides", slides, [])
@@ -736,7 +736,7 @@ class GdcCohort:
             "mut": ("binary", "1 = protein-changing variant", "maf",
                     {"rule_for_mutated": ["Missense_Mutation", "Splice_Site"], "by_class": {"Silent": 9667}}),
             "cnv": ("copy_number", "total copies", "gdc_gene_level", {"odd": NASTY}),
-            "expression": ("counts", "reads", "star_counts", {"rounded": "counts above 16,777,216 are rounded"}),
+            "expression": ("counts", "reads", "star_counts", {"rounded": "to 7 digits; 3 counts"}),
         }  # fmt: skip
         value_type, unit, format_name, notes = said[name]
         patients = [*self.run.ids[: self.run.n - 3], "TCGA-ZZ-0000"] if name == "mut" else self.run.ids
@@ -763,7 +763,8 @@ class GdcCohort:
         kinds = {"slides": (71, 42.5e9, 0), "rna": (52, 220e6, 52), "mut": (37, 4.1e5, 0), "cnv": (40, 12e6, 0)}
         kinds = {k: dict(zip(("files", "bytes", "here"), v, strict=True)) for k, v in kinds.items()}
         left_out = {"slides": {"first released after 45.0": 3}, "cnv": {"workflow AscatNGS": 40, "ABSOLUTE": 0}}
-        content = {"data_release": "45.0", "pin": "45.0", "time": "2026-11-21 19:20 UTC", "projects": ["TCGA-HNSC"]}
+        content = {"data_release": "45.0", "pin": "45.0", "server_release": "46.1", "cases": {"TCGA-HNSC": 528}}
+        content |= {"time": "2026-11-21T19:20:05+00:00", "projects": ["TCGA-HNSC"], "pin_note": "withdrawn <files>"}
         self.run._json("gdc/query.json", "morphome.gdc_query", {**content, "kinds": kinds, "left_out": left_out})
 
 

@@ -58,7 +58,7 @@ def test_flow_opens_with_the_records_and_keeps_slides_in_their_lane(data):
     assert ("patients", "lane") in lanes[first:]  # "with a slide" stands between two steps of slides
     assert lanes[-2:] == [("patients", ""), ("patients", "")]
     checked = {b["name"]: b["checked"] for b in boxes if b["checked"]}
-    assert checked["with follow-up time"] == ["time not negative"]
+    assert checked["with follow-up time"] == ["time not below zero"]
 
 
 def test_one_record_per_patient_needs_no_box(data):
@@ -88,7 +88,7 @@ def test_many_excluded_ids_are_cut_on_the_page_and_whole_in_the_csv(made):
     assert text.count("TCGA-AB-0003") == 2  # as a patient and as its slide, once each
     table = csv(made, "flow").set_index("step")
     assert len(table.loc["with follow-up time", "excluded_ids"].split(";")) == 900
-    assert table.loc["one record per patient", "unit"] == "records"
+    assert table.loc["records joined by patient", "unit"] == "records"
     assert (table["before"] - table["after"] == table["excluded"]).all()
 
 
@@ -188,6 +188,7 @@ def test_a_rule_that_several_tables_share_is_said_once(made):
     view = cohort_view.sources(made[0], cohort_tables.sources(made[0]))["view"]
     letters = {plain(row[0]).split(" ")[0]: re.findall(r">(\w)</a>", str(row[0])) for row in view.rows}
     assert letters["copy"] == ["a"] and letters["mutations"][0] == "a" and len(letters["mutations"]) == 2
+    assert "To 7 digits; 3 counts." in view.notes  # one rule, whatever its punctuation
 
 
 def test_the_page_shows_sources_once_and_escapes_them(made):
@@ -203,15 +204,15 @@ def test_the_page_shows_sources_once_and_escapes_them(made):
 def test_what_was_asked_of_the_gdc_is_told(data):
     told = " ".join(cohort_view.sources(data, cohort_tables.sources(data))["gdc"])
     assert told == (
-        "TCGA-HNSC of the Genomic Data Commons, data release 45.0, asked 2026-11-21 19:20 UTC. The release is pinned "
-        "(gdc.data_release: 45.0). Slides 71 files, 42 GB; RNA 52 files, 220 MB; mutations 37 files, < 1 MB; copy "
-        "number 40 files, 12 MB; 43 GB in all. Left out of the answer: slides: first released after 45.0 (3); copy "
-        "number: workflow AscatNGS (40)."
+        "TCGA-HNSC of the Genomic Data Commons, data release 45.0, asked 2026-11-21 19:20 UTC (the server was at "
+        "46.1). The release is pinned (gdc.data_release: 45.0). 528 patients; slides 71 files, 42 GB; RNA 52 files, "
+        "220 MB; mutations 37 files, < 1 MB; copy number 40 files, 12 MB; 43 GB in all. Left out, or taken in an older "
+        "version: slides: first released after 45.0 (3); copy number: workflow AscatNGS (40). Withdrawn <files>."
     )
     query = {"projects": ["A", "B"], "pin": "latest", "left_out": {"damaged": 2}, "pinned": "elsewhere"}
     told = " ".join(cohort_view.sources(dataclasses.replace(data, query=query), pd.DataFrame({"kind": []}))["gdc"])
     assert told.startswith("A and B of the Genomic Data Commons. The release is not pinned: asked again later, ")
-    assert "Left out of the answer: damaged (2)." in told and "those of an earlier run" in told
+    assert "Left out, or taken in an older version: damaged (2)." in told and "those of an earlier run" in told
 
 
 def test_a_run_without_panels_and_query_says_nothing_of_them(make_inputs, tmp_path):
@@ -272,6 +273,28 @@ def test_groups_of_an_older_file_are_still_shown(make_inputs):
 
 def test_sizes_in_words():
     assert [words.size(n) for n in (0, 2e6, 14e6, 2.1e9, 320.4e9)] == ["< 1 MB", "2.0 MB", "14 MB", "2.1 GB", "320 GB"]
+
+
+@pytest.mark.parametrize(
+    ("value_type", "unit", "shown"),
+    [
+        ("zscore", "z-score", "z-scores"),
+        ("as_given", "as given", "as given"),
+        ("gistic", "GISTIC level, -2 to 2", "GISTIC level, -2 to 2"),
+        ("copy_number", "total copies", "copy numbers total copies"),
+        ("something_new", "", "something new"),
+        ("", "", ""),
+    ],
+)
+def test_values_say_their_unit_once(value_type, unit, shown):
+    assert plain(cohort_view._values(value_type, unit)) == shown
+
+
+def test_moments_of_the_query():
+    assert (
+        words.moment("2026-11-21T19:20:05+00:00") == words.moment("2026-11-21T19:20:05.123Z") == "2026-11-21 19:20 UTC"
+    )
+    assert words.moment("yesterday") == "yesterday"
 
 
 def test_reasons_without_their_brackets():

@@ -82,12 +82,6 @@ def test_codes_lose_their_underscores_and_texts_do_not():
     assert words.codes("see slides.max_failed: 3 and more") == "see slides.max_failed: 3 and more"
 
 
-def test_source_leaves_out_what_is_empty():
-    given = {"role": "clinical", "format": "gdc", "path": "c.tsv", "rows": 98, "words": {}, "odd": {"GX": 109, "G9": 0}}
-    assert words.source(given) == "clinical: c.tsv (gdc); 98 rows; odd: GX 109"
-    assert words.source("c.tsv") == "c.tsv"
-
-
 @pytest.fixture(scope="module")
 def data(make_inputs):
     return load_report(make_inputs())

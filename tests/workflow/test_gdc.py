@@ -93,13 +93,17 @@ def asked_for(server, file_ids):
 
 
 def test_from_the_api_to_the_report_and_slides_deleted_on_the_way(planted, repository, tmp_path):
-    folder, plan, served = planted
+    _, plan, served = planted
     slides = [slide.file_id for slide in plan.slides]
     tables = [file.file_id for file in plan.molecular if file.panel != "cnv"]
     faults = {
-        slides[0]: ["503", "cut:5000"], slides[1]: ["corrupt"], slides[2]: ["cut:0", "short"],
-        tables[0]: ["429", "wrongmd5"], "/files": ["503"], "/cases": ["500"],
-    }  # fmt: skip
+        slides[0]: ["503", "cut:5000"],
+        slides[1]: ["corrupt"],
+        slides[2]: ["cut:0", "short"],
+        tables[0]: ["429", "wrongmd5"],
+        "/files": ["503"],
+        "/cases": ["500"],
+    }
     copy = Checkout(repository, tmp_path / "checkout")
     with gdc_server.GdcServer(*served, faults=faults, max_page=7) as server:
         configure(copy, server, gdc={"delete_slides": True, "data_release": "45.0"})
@@ -126,7 +130,12 @@ def test_from_the_api_to_the_report_and_slides_deleted_on_the_way(planted, repos
         assert copy.jobs() == set()
         assert len(server.log) == before
         # Slides are gone, yet a setting that needs their pixels brings them back; one that does not leaves them.
-        configure(copy, server, gdc={"delete_slides": True, "data_release": "45.0"}, evaluation={"horizon_months": 18, "bootstrap": 10})
+        configure(
+            copy,
+            server,
+            gdc={"delete_slides": True, "data_release": "45.0"},
+            evaluation={"horizon_months": 18, "bootstrap": 10},
+        )
         assert copy.jobs() == {"evaluate", "report"}
         configure(copy, server, gdc={"delete_slides": True, "data_release": "45.0"}, tiling={"min_tissue": 0.7})
         again = copy.jobs()

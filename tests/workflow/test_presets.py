@@ -16,8 +16,21 @@ from morphome.download.published import published_file
 COHORTS = Path(__file__).resolve().parents[2] / "resources" / "cohorts"
 PRESETS = sorted(path for path in COHORTS.glob("tcga_*.yaml") if "gdc" in yaml.safe_load(path.read_text()))
 ASKED = {
-    "hnsc", "blca", "brca", "ucec", "luad", "lusc", "gbmlgg", "kirc", "kirp", "coadread", "stad", "lihc", "paad", "skcm",
-}  # fmt: skip
+    "hnsc",
+    "blca",
+    "brca",
+    "ucec",
+    "luad",
+    "lusc",
+    "gbmlgg",
+    "kirc",
+    "kirp",
+    "coadread",
+    "stad",
+    "lihc",
+    "paad",
+    "skcm",
+}
 
 
 def test_the_cohorts_are_all_there():
@@ -44,15 +57,39 @@ def test_a_preset_says_all_that_a_reader_asks(path):
 def test_the_graph_of_a_preset(path, repository, tmp_path):
     """On a machine that has nothing yet, and without a network."""
     done = subprocess.run(
-        [str(Path(sys.executable).parent / "snakemake"), "-n", "--cores", "2", "--nocolor", "--directory", str(tmp_path),
-         "--snakefile", str(repository / "Snakefile"), "--configfile", str(path)],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            str(Path(sys.executable).parent / "snakemake"),
+            "-n",
+            "--cores",
+            "2",
+            "--nocolor",
+            "--directory",
+            str(tmp_path),
+            "--snakefile",
+            str(repository / "Snakefile"),
+            "--configfile",
+            str(path),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
     counts = {name: int(number) for name, number in re.findall(r"^(\w+) +(\d+)$", said, re.MULTILINE)}
     models, folds = len(yaml.safe_load(path.read_text())["models"]), yaml.safe_load(path.read_text())["splits"]["folds"]
     assert counts["train"] == models * folds
-    expected = {"manifest": 1, "published": 2, "fetch_tables": 3, "cohort": 1, "genes": 1, "collect": 1, "split": 1,
-                "assemble": 1, "evaluate": 1, "report": 1}  # fmt: skip
+    expected = {
+        "manifest": 1,
+        "published": 2,
+        "fetch_tables": 3,
+        "cohort": 1,
+        "genes": 1,
+        "collect": 1,
+        "split": 1,
+        "assemble": 1,
+        "evaluate": 1,
+        "report": 1,
+    }
     assert {name: counts.get(name) for name in expected} == expected

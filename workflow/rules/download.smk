@@ -41,7 +41,7 @@ if "gdc" in CONFIG:
     # fetch_slides:mb_per_second=20` one of them; 0 is no limit.
     rule fetch_tables:
         input:
-            PATHS.gdc / "manifest.tsv",
+            PATHS.gdc_manifest,
         output:
             PATHS.fetched("{panel}"),
         log:
@@ -62,8 +62,8 @@ if "gdc" in CONFIG:
     # changed setting needs their pixels.
     rule fetch_slides:
         input:
-            PATHS.gdc / "manifest.tsv",
-            PATHS.gdc / "sample_sheet.tsv",
+            PATHS.gdc_manifest,
+            PATHS.gdc_sheet,
         output:
             (
                 temp(PATHS.fetched("slides_{job}"))

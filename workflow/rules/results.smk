@@ -33,6 +33,7 @@ rule report:
         evaluation=PATHS.evaluation_tables,
         runs=[folder / "run.json" for _, folder in run_folders(CONFIG)],
         panels=list(PATHS.panels.values()),
+        query=PATHS.gdc_query if "gdc" in CONFIG else [],
         groups=PATHS.groups or [],
         oracle=PATHS.oracle if "simulate" in CONFIG else [],
     output:

@@ -33,6 +33,7 @@ _COLUMNS = {
     "grade_cns": ("who_cns_grade", "diagnoses.who_cns_grade"),
     "histology": ("primary_diagnosis", "diagnoses.primary_diagnosis"),
     "primary": ("diagnosis_is_primary_disease", "diagnoses.diagnosis_is_primary_disease"),
+    "classification": ("classification_of_tumor", "diagnoses.classification_of_tumor"),
     "site_name": ("tissue_source_site.name", "cases.tissue_source_site.name"),
 }
 _NEEDED = ("patient_id", "vital", "death", "contact")
@@ -66,8 +67,12 @@ def read_gdc(path: Path, types: Sequence[str] | None) -> ClinicalTable:
     for key in ("death", "contact", "visit", "age_days", "age"):
         rows[key] = numbers(rows.rename(columns={key: names[key] or key}), names[key] or key, path, "patient_id")
     rows = rows.map(lambda cell: None if is_missing(cell) else cell)
+    patients = rows["patient_id"]
     primary = rows["primary"].map(lambda cell: str(cell).strip().lower() in ("true", "yes", "1"))
-    another = ~primary & primary.groupby(rows["patient_id"]).transform("any")
+    # Diagnoses that came later than that flag, or without it, tell of which kind the tumour is.
+    unmarked = ~primary.groupby(patients).transform("any")
+    primary |= unmarked & (rows["classification"].map(lambda cell: str(cell).strip().lower()) == "primary")
+    another = ~primary & primary.groupby(patients).transform("any")
     rows.loc[another, list(_OF_DIAGNOSIS)] = None
 
     grouped = rows.groupby("patient_id", sort=True)

@@ -17,6 +17,7 @@ import httpx
 import tenacity
 
 from morphome import __version__
+from morphome.download.answers import retry_after_s
 from morphome.errors import MorphomeError, MorphomeWarning
 
 API = "https://api.gdc.cancer.gov"
@@ -48,13 +49,7 @@ def wait_s(state: tenacity.RetryCallState) -> float:
     return min(grown, LONGEST_WAIT_S) * random.uniform(0.5, 1.5)
 
 
-def retry_after_s(answer: httpx.Response) -> float | None:
-    """Seconds of the header ``Retry-After``; None without it or when it is a date."""
-    text = answer.headers.get("Retry-After", "").strip()
-    return float(text) if re.fullmatch(r"\d{1,6}", text) else None
-
-
-def server_message(answer: httpx.Response) -> str:
+def _message(answer: httpx.Response) -> str:
     """What the server says about a refusal: its JSON ``message``, else the start of the text."""
     try:
         content = answer.json()
@@ -202,7 +197,7 @@ class Gdc:
         except httpx.RequestError as error:
             raise _Again(f"{type(error).__name__}: {error}") from None
         if answer.status_code == 429 or answer.status_code >= 500:
-            raise _Again(f"{answer.status_code}: {server_message(answer)}", retry_after_s(answer))
+            raise _Again(f"{answer.status_code}: {_message(answer)}", retry_after_s(answer))
         if answer.is_redirect:
             raise MorphomeError(
                 f"{self.url}{path}: the server points to {answer.headers.get('Location')}",
@@ -210,7 +205,7 @@ class Gdc:
             )
         if answer.status_code >= 400:
             raise MorphomeError(
-                f"{self.url}{path}: the server refused with {answer.status_code}: {server_message(answer)}",
+                f"{self.url}{path}: the server refused with {answer.status_code}: {_message(answer)}",
                 "check gdc.api and gdc.projects; when both are right, the API has changed: please report it",
             )
         try:

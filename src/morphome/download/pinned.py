@@ -57,7 +57,8 @@ def read_pinned(
     query = read_json(folder / "query.json", QUERY_FORMAT)
     if lacking := sorted(_NEEDED - set(query)):
         raise MorphomeError(
-            f"gdc.pinned: {folder / 'query.json'}: no '{lacking[0]}' in it", "take the files of a finished run, unchanged"
+            f"gdc.pinned: {folder / 'query.json'}: no '{lacking[0]}' in it",
+            "take the files of a finished run, unchanged",
         )
     _same_question(folder, query, projects, kinds, codes, workflow, release)
     files = read_manifest(folder / "manifest.tsv")
@@ -109,7 +110,7 @@ def _same_question(
     elif "cnv" in kinds and workflow is not None and not same_workflow(workflow, asked["cnv_workflow"]):
         problem = f"its copy numbers are of workflow {asked['cnv_workflow']}, not {workflow}"
     elif release.lower() != "latest" and release_number(release) != release_number(query["data_release"]):
-        problem = f"it is of data release {query['release']}; gdc.data_release is {release}"
+        problem = f"it is of data release {query['data_release']}; gdc.data_release is {release}"
     if problem:
         raise MorphomeError(
             f"gdc.pinned: {folder}: {problem}", "take the settings of that run, or leave gdc.pinned out and ask the GDC"

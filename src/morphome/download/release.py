@@ -59,13 +59,18 @@ def files_of_release(api: Gdc, files: Sequence[GdcFile], pin: tuple[int, int]) -
     kept: list[GdcFile] = []
     changed: list[LeftOut] = []
     older: list[tuple[GdcFile, str, tuple[int, int]]] = []
+    later = []
     for file in files:
         first = release_number(file.data_release)
-        if first is not None and first <= pin:
-            kept.append(file)
-            continue
+        (kept if first is not None and first <= pin else later).append(file)
+    if later:  # one question each, so it may take minutes
+        print(
+            f"Asking for the history of {len(later)} files, to take them as of release {release_text(pin)}", flush=True
+        )
+    for file in later:
         found = _version_of_then(api.history(file.file_id), pin)
         if found is None:
+            first = release_number(file.data_release)
             since = f"first released in {release_text(first)}" if first else "no release known"
             changed.append(_changed(file, since))
         elif found[0] == file.file_id:

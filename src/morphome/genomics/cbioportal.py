@@ -233,8 +233,7 @@ def _long(
     """As :func:`_wide`, from one line per gene and sample; cells without a line are not measured."""
     symbols = np.array(matrix.names(_symbol_column(matrix, lowered, setting)), dtype=str)
     samples = np.array(matrix.names(lowered.index("sample_id")), dtype=str)
-    labels = [f"{symbol}, {sample}" for symbol, sample in zip(symbols, samples, strict=True)]
-    cells = matrix.numbers([lowered.index("value")], labels)[:, 0]
+    cells = matrix.numbers([lowered.index("value")], symbols.tolist())[:, 0]
     chosen = _choose(samples.tolist(), patient_of, codes, matrix.path, notes)
     place = {sample: number for number, sample in enumerate(chosen.values())}
     mine = np.array([sample in place for sample in samples], bool) & ~np.isnan(cells)

@@ -98,8 +98,8 @@ def choose_files(
     if absent:
         row = chosen[absent[0]]
         raise MorphomeError(
-            f"{files[absent[0]]}: file not found, nor in its folder {row.get('File ID', '')}; {len(absent)} of "
-            f"{len(files)} files of {setting} are missing (patient {absent[0]})",
+            f"{files[absent[0]]}: file not found, neither in its folder {row.get('File ID', '')} nor beside it; "
+            f"{len(absent)} of {len(files)} files of {setting} are missing (patient {absent[0]})",
             f"download the files of {sheet} into {path}, or remove their rows from the sheet",
         )
     for patient, file in files.items():
@@ -134,8 +134,8 @@ def read_star_counts(files: Mapping[str, Path], values: str = "log2_tpm") -> Pan
     if values == "log2_tpm":
         matrix += np.float32(1.0)
         np.log2(matrix, out=matrix)
-    if values == "counts":
-        notes["counts_rounded_to_7_digits"] = rounded
+    if values == "counts" and rounded:
+        notes["rounded"] = f"{rounded} counts above 16,777,216 are rounded to 7 digits"
     return Panel(list(files), genes, matrix, value_type, unit, gene_ids, len(files), notes)
 
 

@@ -70,7 +70,10 @@ def read_one_maf(path: Path, rule: Consequences | None = None, codes: Sequence[s
     table = maf_table(path)
     chosen, left_out = choose_samples(table["Tumor_Sample_Barcode"].unique(), codes)
     if not chosen:
-        raise MorphomeError(f"{path}: no sample of the tumour under study ({left_out})", f"check {_SETTING}.path")
+        raise MorphomeError(
+            f"{path}: no sample of the tumour under study (codes {', '.join(codes)}): {left_out} ({_SETTING})",
+            "check the file and cohort.sample_types",
+        )
     return panel_of_samples(table, chosen, rule, {"left_out": left_out, "rule_for_samples": rule_for_samples(codes)})
 
 

@@ -117,14 +117,14 @@ class Matrix:
         header: names of all columns.
     """
 
-    def __init__(self, path: Path, setting: str) -> None:
-        """Read the text and its header.
+    def __init__(self, path: Path, setting: str, comments: bool = True) -> None:
+        """Read the text and its header; ``comments`` as for :func:`morphome.genomics.reading.body_of`.
 
         Raises:
             MorphomeError: naming the file: missing, damaged, not UTF-8, empty, a column named twice, or cut short.
         """
         self.path, self.setting = path, setting
-        self._body = body_of(path, setting)
+        self._body = body_of(path, setting, comments)
         check_utf8(self._body, path, setting)
         self.header = [name.strip().strip('"') for name in header_line(self._body)]
         if not self._body.strip():

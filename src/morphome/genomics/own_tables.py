@@ -97,13 +97,19 @@ def _bare_mutations(path: Path, setting: str, ids: pd.DataFrame) -> tuple[pd.Dat
         and not name.endswith(endings)
     ]
     named = [name for name in plain if _SYMBOL.fullmatch(name)]
+    if not named:
+        return ids, [], plain
     try:
         table = pd.read_csv(io.BytesIO(raw), sep=delimiter, usecols=named, low_memory=False)[named]
     except (ValueError, pd.errors.ParserError) as error:
         raise MorphomeError(f"{path}: cannot be read: {error} ({setting})", f"check {setting}.path") from None
-    kept = [name for name in named if table[name].dtype.kind in "biuf" and table[name].dropna().isin((0, 1)).all()]
-    passed_over = [name for name in plain if name not in set(kept)]
-    return pd.concat([ids, table[kept].astype(np.float32)], axis=1), kept, passed_over
+    numbers = table.select_dtypes(["number", "bool"])
+    values = numbers.to_numpy(np.float32)
+    binary = (np.isnan(values) | (values == 0) | (values == 1)).all(axis=0)
+    kept = numbers.columns[binary].tolist()
+    mutations = pd.DataFrame(values[:, binary], index=ids.index, columns=kept)
+    taken = set(kept)
+    return pd.concat([ids, mutations], axis=1), kept, [name for name in plain if name not in taken]
 
 
 def read_csv_panel(path: Path, setting: str, unit: str | None = None) -> Panel:

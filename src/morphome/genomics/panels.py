@@ -13,12 +13,11 @@ from morphome.cohort.barcode import TUMOUR_CODES
 from morphome.cohort.slide_sheet import few_names
 from morphome.errors import MorphomeError, MorphomeWarning
 from morphome.files import write_json, write_parquet
-from morphome.genomics.groups import match_groups, read_groups
+from morphome.genomics.groups import GROUP_PANELS, match_groups, read_groups
 from morphome.genomics.sources import read_panel
 
+#: ``expression`` is for encoders of RNA only: no gene group reads it.
 PANELS = ("rna", "mut", "cnv", "expression")
-#: Panels whose genes are matched to the gene groups; ``expression`` is for encoders of RNA only.
-GROUP_PANELS = ("rna", "mut", "cnv")
 
 
 def run_genes(*, settings: Mapping[str, Any], panels_out: Mapping[str, Path], groups_out: Path | None) -> None:
@@ -72,7 +71,7 @@ def _groups(
     molecular: Mapping[str, Any], genes: Mapping[str, list[str]], patients: Mapping[str, list[str]]
 ) -> dict[str, Any]:
     if "groups" not in molecular:
-        return {"groups": {}, "match": {}, "dropped": {}, "source": None, "repeated": {}}
+        return {"groups": {}, "match": {}, "overall": {}, "dropped": {}, "source": None, "repeated": {}}
     path, min_genes = molecular["groups"]["path"], molecular["groups"]["min_genes"]
     groups, repeated = read_groups(Path(path))
     content = match_groups(groups, genes, min_genes)
@@ -80,13 +79,17 @@ def _groups(
         asked = {gene: None for members in groups.values() for gene in members}
         having = "; ".join(f"{panel}: {few_names(names, 3)}" for panel, names in genes.items())
         turned = [panel for panel, ids in patients.items() if any(name in asked for name in ids)]
+        wanted = f"{min_genes} gene" + ("" if min_genes == 1 else "s")
         raise MorphomeError(
-            f"{path}: no group has {min_genes} column{'' if min_genes == 1 else 's'} in the molecular tables; "
+            f"{path}: no group has {wanted} with a column in the molecular tables; "
             f"the groups ask for {few_names(asked, 3)}; the tables have {having or 'nothing'}",
             f"the rows of molecular.{turned[0]} are genes: turn the table, one row per patient"
             if turned
             else "write gene symbols alike in both, or lower molecular.groups.min_genes",
         )
-    for name, reason in content["dropped"].items():
-        warnings.warn(MorphomeWarning(f"gene group '{name}' dropped: {reason}"), stacklevel=2)
+    if dropped := content["dropped"]:
+        reasons = "; ".join(f"'{name}': {reason}" for name, reason in list(dropped.items())[:3])
+        more = f"; and {len(dropped) - 3} more (groups.json says why)" if len(dropped) > 3 else ""
+        said = f"{len(dropped)} of {len(groups)} gene groups dropped: {reasons}{more}"
+        warnings.warn(MorphomeWarning(said), stacklevel=2)
     return {**content, "source": path, "repeated": repeated}

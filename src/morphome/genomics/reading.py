@@ -14,8 +14,11 @@ from morphome.cohort.tables import read_bytes
 from morphome.errors import MorphomeError
 
 
-def body_of(path: Path, setting: str) -> bytes:
+def body_of(path: Path, setting: str, comments: bool = True) -> bytes:
     """Bytes from the header line on: leading comment lines are cut ('#' inside a line is text).
+
+    Args:
+        comments: False where "#" may begin the header itself, as in data sets of Xena.
 
     Raises:
         MorphomeError: naming the file: missing, a damaged archive, or a pointer of Git LFS instead of the data.
@@ -26,7 +29,7 @@ def body_of(path: Path, setting: str) -> bytes:
             f"{path}: only a pointer of Git LFS, not the data ({setting})", "fetch the file itself (git lfs pull)"
         )
     start = 3 if raw[:3] == b"\xef\xbb\xbf" else 0
-    while raw[start : start + 1] == b"#":
+    while comments and raw[start : start + 1] == b"#":
         end = raw.find(b"\n", start)
         if end < 0:
             return b""
@@ -39,17 +42,20 @@ def header_line(body: bytes) -> list[str]:
     return body.split(b"\n", 1)[0].decode("utf-8", "replace").rstrip("\r").split("\t")
 
 
-def read_columns(path: Path, setting: str, wanted: list[str], optional: tuple[str, ...] = ()) -> pd.DataFrame:
+def read_columns(
+    path: Path, setting: str, wanted: list[str], optional: tuple[str, ...] = (), comments: bool = True
+) -> pd.DataFrame:
     """Columns of a tab separated file as text; quotes are text.
 
     Args:
         wanted: columns that must be there.
         optional: columns that are read when they are there.
+        comments: as for :func:`body_of`.
 
     Raises:
         MorphomeError: naming the file: missing, not UTF-8, a missing column, not a table.
     """
-    body = body_of(path, setting)
+    body = body_of(path, setting, comments)
     check_utf8(body, path, setting)
     header = header_line(body)
     if missing := [name for name in wanted if name not in header]:

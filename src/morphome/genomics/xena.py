@@ -55,7 +55,7 @@ def read_xena(
     Raises:
         MorphomeError: naming the file: damaged, no TCGA barcodes, no tumour sample, a cell that is no number.
     """
-    matrix = Matrix(path, setting)
+    matrix = Matrix(path, setting, comments=False)
     if panel == "mut" and (columns := _mutation_columns(matrix.header)):
         return _mutations(path, columns, setting, rule, codes)
     unit = unit or ("1 = mutated" if panel == "mut" else "as given")
@@ -93,9 +93,12 @@ def _values(
     chosen, left_out = choose_samples(samples, codes)
     if not chosen:
         raise MorphomeError(
-            f"{matrix.path}: no sample of the tumour under study (codes {', '.join(codes)}): {left_out}",
+            f"{matrix.path}: no sample of the tumour under study (codes {', '.join(codes)}): {left_out} ({setting})",
             "check the file and cohort.sample_types",
         )
+    strangers = (len(matrix.header) - 1 if samples is across else len(names)) - len(samples)
+    if strangers:
+        left_out["no TCGA barcode"] = strangers
     places = [samples[sample] for sample in chosen.values()]
     if samples is across:
         return names, chosen, matrix.numbers(places, names), left_out
@@ -131,7 +134,7 @@ def _symbols(
 
 
 def _probemap(path: Path, setting: str) -> dict[str, str]:
-    table = Matrix(path, f"{setting}.probemap")
+    table = Matrix(path, f"{setting}.probemap", comments=False)
     lowered = [name.lower().lstrip("#") for name in table.header]
     if missing := [name for name in ("id", "gene") if name not in lowered]:
         raise MorphomeError(
@@ -151,10 +154,13 @@ def _mutation_columns(header: Sequence[str]) -> dict[str, str]:
 
 
 def _mutations(path: Path, columns: Mapping[str, str], setting: str, rule: Consequences, codes: Sequence[str]) -> Panel:
-    table = read_columns(path, setting, list(columns)).rename(columns=dict(columns))
+    table = read_columns(path, setting, list(columns), comments=False).rename(columns=dict(columns))
     chosen, left_out = choose_samples(table["Tumor_Sample_Barcode"].unique(), codes)
     if not chosen:
-        raise MorphomeError(f"{path}: no sample of the tumour under study ({left_out})", f"check {setting}.path")
+        raise MorphomeError(
+            f"{path}: no sample of the tumour under study (codes {', '.join(codes)}): {left_out} ({setting})",
+            "check the file and cohort.sample_types",
+        )
     notes = {
         "rule_for_samples": rule_for_samples(codes),
         "left_out": left_out,

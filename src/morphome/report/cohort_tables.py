@@ -15,8 +15,6 @@ from morphome.report.inputs import ReportData
 
 #: Where neither a table nor a barcode tells the site.
 NO_SITE = "not known"
-#: Notes of a molecular table that are rules for its reader, in this order.
-RULES = ("rule_for_samples", "rule_for_symbols", "rule_for_mutated", "rounded")
 _SOURCE_COLUMNS = (
     *("table", "kind", "source", "format", "data_release", "files", "bytes", "patients", "patients_analysed", "genes"),
     *("value_type", "unit", "rules", "left_out", "notes"),
@@ -42,7 +40,8 @@ def sources(data: ReportData) -> pd.DataFrame:
     for name, facts in data.panels.items():
         notes = dict(facts.get("notes") or {})
         left_out = {str(k): v for k, v in (notes.pop("left_out", None) or {}).items() if v}
-        rules = [words.rule(key, notes.pop(key)) for key in RULES if notes.get(key)]
+        kept = rules(notes)
+        notes = {key: value for key, value in notes.items() if key not in kept}
         rows.append(
             {
                 "table": name,
@@ -55,7 +54,7 @@ def sources(data: ReportData) -> pd.DataFrame:
                 "genes": facts["n_genes"],
                 "value_type": str(facts.get("value_type") or ""),
                 "unit": str(facts.get("unit") or ""),
-                "rules": "; ".join(rules),
+                "rules": "; ".join(kept.values()),
                 "left_out": words.counted(left_out, {}),
                 "notes": "; ".join(words.held(notes)),
             }
@@ -64,6 +63,13 @@ def sources(data: ReportData) -> pd.DataFrame:
     texts = [name for name in table if name not in _SOURCE_COUNTS]
     table[texts] = table[texts].astype(object).where(table[texts].notna(), "")
     return table.astype(dict.fromkeys(_SOURCE_COUNTS, "Int64"))
+
+
+def rules(notes: Mapping[str, Any]) -> dict[str, str]:
+    """The notes of a molecular table that are rules for its reader, as texts: the one for samples first."""
+    asked = [key for key in notes if (key.startswith("rule_for_") or key == "rounded") and notes[key]]
+    asked.sort(key=lambda key: (key != "rule_for_samples", key))
+    return {key: words.rule(key, notes[key]) for key in asked}
 
 
 def _configured(data: ReportData, panel: str) -> Mapping[str, Any]:

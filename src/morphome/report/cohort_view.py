@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -84,8 +85,7 @@ def _records(step: dict[str, Any], row: Any) -> dict[str, Any]:
     """The opening box of records: how many rows there were, and whose were joined."""
     people = len({str(i) for i in step.get("excluded", [])})
     text = f"{fmt.plural(row.excluded, 'further record')} of {fmt.plural(people, 'patient')} joined"
-    why = words.codes(row.reason) if row.reason else ""
-    return _box("start", "records", row.before, "in the clinical table") | {"joined": text, "reason": why} | _ids(step)
+    return _box("start", "records", row.before, "in the clinical table") | {"joined": text} | _ids(step)
 
 
 def sources(data: ReportData, table: pd.DataFrame) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def sources(data: ReportData, table: pd.DataFrame) -> dict[str, Any]:
             people = Markup('{}<span class="sub">{} analysed</span>').format(people, fmt.count(row.patients_analysed))
         view.add(
             [
-                _marked(view, label, row.rules),
+                _marked(view, label, data.panels[row.table] if row.kind == "panel" else {}),
                 _under(_path(row.source), row.format),
                 "" if pd.isna(row.files) else fmt.count(row.files),
                 people,
@@ -123,10 +123,10 @@ def sources(data: ReportData, table: pd.DataFrame) -> dict[str, Any]:
     return {"view": view if view.rows else None, "gdc": _gdc(data)}
 
 
-def _marked(view: View, label: str, rules: str) -> Any:
+def _marked(view: View, label: str, facts: Mapping[str, Any]) -> Any:
     """The name of a table with a letter per rule; tables that were read by the same rule share its letter."""
     cell: Any = label
-    for rule in filter(None, rules.split("; ")):
+    for rule in cohort_tables.rules(facts.get("notes") or {}).values():
         cell = view.mark(cell, words.sentence(rule))
     return cell
 
@@ -151,7 +151,9 @@ def _values(value_type: Any, unit: Any) -> Any:
     if not kind:
         return ""
     said, unit = words.VALUE_TYPES.get(kind, kind.replace("_", " ")), _text(unit)
-    return _under(said, unit if unit.lower() not in {said.lower(), said.lower().rstrip("s"), "as given"} else "")
+    if unit.lower() == kind.replace("_", " ") or unit.lower() in said.lower():
+        return said
+    return unit if unit.lower().startswith(said.lower().removesuffix("s")) else _under(said, unit)
 
 
 def _lines(*texts: Any) -> Any:
@@ -168,7 +170,9 @@ def _gdc(data: ReportData) -> list[str]:
     told = f"{words.listed(projects) or 'The files'} of the Genomic Data Commons"
     told += f", data release {release}" if release else ""
     if query.get("time"):
-        told += f", asked {query['time']}"
+        told += f", asked {words.moment(query['time'])}"
+    newer = _text(query.get("server_release"))
+    told += f" (the server was at {newer})" if newer and newer != release else ""
     pin = _text(query.get("pin"))
     if pin and pin != "latest":
         told += f". The release is pinned (gdc.data_release: {pin})"
@@ -177,7 +181,9 @@ def _gdc(data: ReportData) -> list[str]:
     sentences = [words.sentence(told)]
     kinds = {str(k): v for k, v in (query.get("kinds") or {}).items()}
     if kinds:
-        parts = [
+        cases = sum(n for n in (query.get("cases") or {}).values())
+        parts = [f"{fmt.plural(cases, 'patient')}"] if cases else []
+        parts += [
             f"{_kind(k)} {fmt.plural(int(v.get('files') or 0), 'file')}"
             + (f", {words.size(v['bytes'])}" if v.get("bytes") else "")
             for k, v in kinds.items()
@@ -188,7 +194,9 @@ def _gdc(data: ReportData) -> list[str]:
     lost = [f"{_kind(k)}: {words.counted(counts, {})}" for k, counts in by_kind.items() if counts]
     lost += [words.counted(overall, {})] if overall else []
     if lost:
-        sentences.append(words.sentence(f"Left out of the answer: {'; '.join(lost)}"))
+        sentences.append(words.sentence(f"Left out, or taken in an older version: {'; '.join(lost)}"))
+    if query.get("pin_note"):
+        sentences.append(words.sentence(query["pin_note"]))
     if query.get("pinned"):
         sentences.append("Nothing was asked anew: the tables are those of an earlier run (gdc.pinned).")
     return sentences

@@ -11,7 +11,6 @@ import yaml
 from morphome import __version__
 from morphome.features.registry import ENCODERS, encoder_spec
 from morphome.report import format as fmt
-from morphome.report import words
 from morphome.report.format import Column, View
 from morphome.report.inputs import ReportData
 
@@ -77,8 +76,6 @@ def provenance(data: ReportData, settings_hash: str) -> dict[str, Any]:
         "fingerprints": sorted(prints),
         "encoder": "imported features" if data.external else _encoder(str(features.get("encoder", ""))),
         "files": view,
-        "sources": [words.source(s) for s in data.sources],
-        "groups": _groups(data),
         "config": yaml.safe_dump(
             json.loads(json.dumps(data.config, default=str)), sort_keys=False, allow_unicode=True, width=100
         ),
@@ -103,17 +100,3 @@ def _seeds(data: ReportData) -> str:
         if seed is not None:
             found.append(f"{section} {seed}")
     return ", ".join(found)
-
-
-def _groups(data: ReportData) -> View | None:
-    if not data.groups:
-        return None
-    view = View(
-        "groups",
-        "Gene groups",
-        [Column("Group"), Column("Genes asked", "num"), Column("Genes matched", "num"), Column("Columns", "num")],
-    )
-    for name, match in (data.groups.get("match") or {}).items():
-        view.add([name, *(fmt.count(match.get(k)) for k in ("asked", "matched_genes", "columns"))])
-    view.notes += [f"{name} was dropped: {reason}" for name, reason in (data.groups.get("dropped") or {}).items()]
-    return view

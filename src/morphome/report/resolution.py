@@ -18,6 +18,8 @@ from morphome.report.inputs import ReportData
 MOST_SITES, MOST_ROWS = 14, 200
 #: The axis holds values that a scanner can have; others are counted beside the row.
 AXIS = (0.1, 1.2)
+#: Letters of a site's name in the histogram.
+MOST_LETTERS = 34
 #: Colours and hatches differ together: either alone tells the verdicts apart.
 _KINDS = {
     "ok": ("passed", figures.BLUE, None),
@@ -164,6 +166,9 @@ def _figure(table: pd.DataFrame, targets: list[float]) -> Markup | None:
         groups += [(site, table["site"] == site) for site in head]
         if rest := sites[len(head) :]:
             groups.append((f"{len(rest)} other sites", table["site"].isin(rest)))
+    # Hospitals may have long names: the margin grows with the longest, and what does not fit is cut.
+    names = {name: name if len(name) <= MOST_LETTERS else name[: MOST_LETTERS - 1].rstrip() + "…" for name, _ in groups}
+    left = max(0.12, 0.0066 * max(map(len, names.values())))
     low, high = min(0.2, mpp[inside].min() - 0.01), max(0.55, mpp[inside].max() + 0.01, *targets)
     width = 0.0025 if high - low <= 0.6 else 0.005
     edges = np.arange(np.floor(low / width), np.ceil(high / width) + 1) * width
@@ -198,15 +203,17 @@ def _figure(table: pd.DataFrame, targets: list[float]) -> Markup | None:
             label = f"n = {int(members.sum())}" + (f" ({', '.join(notes)})" if notes else "")
             axes.text(edges[-1] + width, base + 0.12, label, ha="left", va="bottom", fontsize=8.5)
             weight = "bold" if row == 0 else "normal"
-            axes.text(edges[0] - width, base + 0.12, name, ha="right", va="bottom", fontsize=8.5, fontweight=weight)
+            axes.text(
+                edges[0] - width, base + 0.12, names[name], ha="right", va="bottom", fontsize=8.5, fontweight=weight
+            )
         axes.set(xlim=(edges[0], edges[-1]), ylim=(-len(groups) - 0.05, 0.3), yticks=[])
         axes.set_xlabel("Microns per pixel of level 0")
         axes.spines["left"].set_visible(False)
         handles = [seen[kind] for kind in _KINDS if kind in seen]
         labels = [_KINDS[kind][0] for kind in _KINDS if kind in seen]
         height = figure.get_size_inches()[1]
-        figure.legend(handles, labels, loc="upper left", ncols=3, bbox_to_anchor=(0.11, 1.0), handlelength=1.4)
-        figure.subplots_adjust(left=0.12, right=0.8, top=1 - 0.42 / height, bottom=0.5 / height)
+        figure.legend(handles, labels, loc="upper left", ncols=3, bbox_to_anchor=(left - 0.01, 1.0), handlelength=1.4)
+        figure.subplots_adjust(left=left, right=0.8, top=1 - 0.42 / height, bottom=0.5 / height)
         described = "; ".join(f"{name}: {int(members.sum())}" for name, members in groups)
         return figures.to_svg(
             figure,

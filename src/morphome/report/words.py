@@ -114,6 +114,12 @@ def size(n_bytes: float) -> str:
     return f"{fmt.number(n, 0 if n >= 10 else 1)} {unit}"
 
 
+def moment(text: Any) -> str:
+    """``2026-11-21T19:20:05+00:00`` becomes ``2026-11-21 19:20 UTC``; any other text stays as it is."""
+    found = re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d):\d\d(?:\.\d+)?(?:\+00:00|Z)", str(text))
+    return f"{found[1]} {found[2]} UTC" if found else str(text)
+
+
 def tidy(text: Any) -> str:
     """A text with its decimal numbers rounded to three digits."""
     return _DECIMAL.sub(lambda m: f"{float(m[0]):.3g}" if float(m[0]) < 1000 else f"{float(m[0]):.0f}", str(text))
@@ -235,17 +241,6 @@ def codes(reason: Any) -> str:
     """A count of reason codes, ``no_features: 3``, without underscores; any other text as it is."""
     text = str(reason)
     return text.replace("_", " ") if re.fullmatch(r"\w+: \d+([,;] \w+: \d+)*", text) else text
-
-
-def source(given: Any) -> str:
-    """One source of the cohort: role, file and format first, then what it held; what is empty is left out."""
-    if not isinstance(given, Mapping):
-        return str(given)
-    rest = {k: v for k, v in given.items() if k not in {"role", "path", "format"}}
-    head = str(given.get("path", "")) + (f" ({given['format']})" if given.get("format") else "")
-    if given.get("role"):
-        head = f"{given['role']}: {head}"
-    return "; ".join([head, *held(rest)])
 
 
 def held(facts: Mapping[str, Any]) -> list[str]:
