@@ -58,5 +58,5 @@ def test_an_override_of_no_slide_is_named(config):
 
 def test_weights_that_are_not_there_are_named(config):
     with pytest.raises(MorphomeError) as caught:
-        list(check_tables(config(features={"encoder": "resnet50_trunc"}, tiling={"patch_px": 224})))
-    assert "morphome encoders prefetch resnet50_trunc" in str(caught.value)
+        list(check_tables(config(features={"encoder": "phikon_v2"}, tiling={"patch_px": 224})))
+    assert "morphome encoders prefetch phikon_v2" in str(caught.value)

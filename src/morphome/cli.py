@@ -96,6 +96,7 @@ def cohort(config: Config = DEFAULT) -> None:
     from morphome.cohort.manifest import run_cohort
 
     run = Run(config)
+    cli_download.check_published_files(run)
     run_cohort(
         settings=run.settings("cohort"),
         patients_out=run.paths.patients,
@@ -110,6 +111,7 @@ def genes(config: Config = DEFAULT) -> None:
     from morphome.genomics.panels import run_genes
 
     run = Run(config)
+    cli_download.check_published_files(run)
     run_genes(settings=run.settings("genes"), panels_out=run.paths.panels, groups_out=run.paths.groups)
 
 

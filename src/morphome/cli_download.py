@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from morphome.cli_base import DEFAULT, Config, Run
+from morphome.config import named_files
 from morphome.errors import MorphomeError
 from morphome.paths import PUBLISHED
 from morphome.workflow import gdc_kinds, slide_jobs, slide_rows
@@ -83,6 +84,19 @@ def published(
             print(f"{one}: {file.what} ({file.licence})")
         return
     run_published(name=name, out=PUBLISHED / name, **_mirror(config))
+
+
+def check_published_files(run: Run) -> None:
+    """Refuse a published file of other bytes: one put there by hand is one that no rule has fetched and checked.
+
+    Raises:
+        MorphomeError: naming the file, what it has and what was expected.
+    """
+    from morphome.download.published import check_published
+
+    for path in named_files(run.config).values():
+        if path.parent == PUBLISHED and path.exists():
+            check_published(path.name, path)
 
 
 def weights(config: Config = DEFAULT) -> None:

@@ -251,7 +251,8 @@ def named_files(full: Mapping[str, Any]) -> dict[str, Path]:
     }
     named |= {f"gdc.have[{number}]": folder for number, folder in enumerate(full.get("gdc", {}).get("have", ()))}
     for part in (*PANELS, "groups"):
-        named[f"molecular.{part}.path"] = full["molecular"].get(part, {}).get("path")
+        for key in ("path", "probemap"):
+            named[f"molecular.{part}.{key}"] = full["molecular"].get(part, {}).get(key)
     return {key: Path(value) for key, value in named.items() if value}
 
 

@@ -109,6 +109,7 @@ def molecular_files(config: Mapping[str, Any]) -> list[Path]:
     for part in (*PANELS, "groups"):
         if part in molecular and not ("gdc" in config and molecular[part].get("format") in _GDC_KINDS):
             named += _files_of(config, Path(molecular[part]["path"]), depth=2)
+            named += [Path(molecular[part]["probemap"])] if "probemap" in molecular[part] else []
     return sorted(set(named))
 
 

@@ -49,13 +49,13 @@ def test_one_row_per_case_diagnosis_and_follow_up(gdc):
         {"diagnosis_is_primary_disease": True, "ajcc_pathologic_stage": "Stage I", "days_to_last_follow_up": 100.0},
     ]
     records = [
-        gdc.case_record("TCGA-AA-0002", diagnoses=diagnoses, follow_ups=[700, 30]),
+        gdc.case_record("TCGA-AA-0002", diagnoses=diagnoses, follow_ups=[700, 30, 4000, 100]),
         gdc.case_record("TCGA-AA-0001", diagnoses=[]),
     ]
     rows = table(records)
-    assert [row["cases.submitter_id"] for row in rows] == ["TCGA-AA-0001", *["TCGA-AA-0002"] * 4]
-    assert [row["diagnoses.ajcc_pathologic_stage"] for row in rows] == [MISSING, *["Stage I"] * 2, *["Stage IV"] * 2]
-    assert [row["follow_ups.days_to_follow_up"] for row in rows] == [MISSING, "30", "700", "30", "700"]
+    assert [row["cases.submitter_id"] for row in rows] == ["TCGA-AA-0001", *["TCGA-AA-0002"] * 8]
+    assert [row["diagnoses.ajcc_pathologic_stage"] for row in rows] == [MISSING, *["Stage I"] * 4, *["Stage IV"] * 4]
+    assert [row["follow_ups.days_to_follow_up"] for row in rows] == [MISSING, *["30", "100", "700", "4000"] * 2]
     assert rows[1]["diagnoses.days_to_last_follow_up"] == "100"
 
 

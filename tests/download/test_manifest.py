@@ -22,11 +22,7 @@ from morphome.errors import MorphomeError, MorphomeWarning
 from morphome.files import read_json
 from morphome.genomics.gdc_files import choose_files
 
-PANELS = {
-    "rna": {"format": "star_counts"},
-    "mut": {"format": "maf"},
-    "cnv": {"format": "gdc_gene_level"},
-}
+PANELS = {"rna": {"format": "star_counts"}, "mut": {"format": "maf"}, "cnv": {"format": "gdc_gene_level"}}
 
 
 @pytest.fixture(autouse=True)
@@ -292,11 +288,14 @@ def test_a_pinned_list_is_taken_over_without_a_server(server):
     shutil.rmtree("old")
     third, _ = run(None, "third", pinned="second")
     assert third == first
+    assert Path("third/sample_sheet.tsv").read_bytes() == Path("out/sample_sheet.tsv").read_bytes()
     # Fewer kinds than were asked for then.
     fewer, query = run(None, "fewer", pinned="out", panels={"rna": PANELS["rna"]}, data_release="latest")
     assert {file.kind for file in fewer} == {"slides", "rna"}
     assert list(query["kinds"]) == ["slides", "rna"]
     assert run(None, "fewer2", pinned="fewer", panels={"rna": PANELS["rna"]})[0] == fewer
+    with pytest.raises(MorphomeError, match="no files of kind mut, cnv"):
+        run(None, "more", pinned="fewer")
 
 
 @pytest.mark.parametrize(
