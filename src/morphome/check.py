@@ -41,7 +41,7 @@ def _fetched(config: Mapping[str, Any]) -> list[Path]:
     tables = [path for path in named_files(config).values() if path.parent == PUBLISHED]
     if "gdc" in config:
         paths = Paths(config)
-        tables += [*paths.gdc_tables, *(paths.fetched(kind) for kind in gdc_kinds(config))]
+        tables += [*paths.gdc_tables, *(paths.fetched(kind) for kind in gdc_kinds(config) if kind != "slides")]
     return tables
 
 

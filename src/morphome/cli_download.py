@@ -21,7 +21,8 @@ def manifest(config: Config = DEFAULT) -> None:
     from morphome.download.manifest import run_manifest
 
     run = Run(config)
-    run_manifest(settings=run.settings("manifest"), gdc=_gdc(run, config), out=run.paths.gdc)
+    gdc, kinds = _gdc(run, config), gdc_kinds(run.config)
+    run_manifest(settings=run.settings("manifest"), gdc=gdc, kinds=kinds, out=run.paths.gdc)
 
 
 def fetch(
@@ -41,7 +42,7 @@ def fetch(
         raise MorphomeError("fetch: give either --job or --panel", "--job 1, or --panel rna")
     listed = read_manifest(run.paths.gdc_manifest)
     if panel is not None:
-        if panel not in (kinds := gdc_kinds(run.config)):
+        if panel not in (kinds := gdc_kinds(run.config)) or panel == "slides":
             raise MorphomeError(f"--panel {panel}: not configured", f"one of {', '.join(kinds) or 'none'}")
         chosen = [file for file in listed if file.kind == panel]
     else:

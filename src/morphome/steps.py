@@ -36,7 +36,8 @@ STEPS: dict[str, Step] = {
     "manifest": Step(
         (
             *("gdc.projects", "gdc.data_release", "gdc.have", "gdc.pinned", "cohort.sample_types"),
-            *(f"molecular.{panel}.format" for panel in PANELS),
+            *(f"molecular.{panel}.{key}" for panel in PANELS for key in ("format", "path")),
+            "features.source",
             "molecular.cnv.workflow",
         ),
         "morphome.download.manifest",

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from morphome.cohort.slide_sheet import SlideRow, read_slide_sheet
+from morphome.download.listing import KIND_OF_FORMAT, KINDS
 from morphome.errors import MorphomeError
 from morphome.paths import GDC_TABLES, PANELS, Paths
-
-#: Formats of molecular tables that are files of the GDC, and the kind of file that each reads.
-_GDC_KINDS = {"star_counts": "rna", "maf": "mut", "gdc_gene_level": "cnv"}
 
 
 def slide_rows(config: Mapping[str, Any]) -> list[SlideRow]:
@@ -60,11 +58,19 @@ def slide_jobs(config: Mapping[str, Any], slides: Sequence[str]) -> list[list[st
 
 
 def gdc_kinds(config: Mapping[str, Any]) -> list[str]:
-    """Kinds of molecular files that are fetched from the GDC: ``rna``, ``mut``, ``cnv``."""
+    """Kinds of files that are taken from the GDC: ``slides``, ``rna``, ``mut``, ``cnv``; empty for local cohorts."""
     if "gdc" not in config:
         return []
-    tables = [config["molecular"].get(panel, {}).get("format") for panel in PANELS]
-    return sorted({_GDC_KINDS[name] for name in tables if name in _GDC_KINDS})
+    wanted = {KIND_OF_FORMAT[table["format"]] for table in config["molecular"].values() if _from_gdc(config, table)}
+    if config["features"]["source"] == "encode":
+        wanted.add("slides")
+    return [kind for kind in KINDS if kind in wanted]
+
+
+def _from_gdc(config: Mapping[str, Any], table: Any) -> bool:
+    """Whether a molecular table is made of files that are fetched from the GDC."""
+    known = isinstance(table, Mapping) and table.get("format") in KIND_OF_FORMAT and "gdc" in config
+    return known and Path(table["path"]) == Path(config["gdc"]["folder"])
 
 
 def pinned_files(config: Mapping[str, Any]) -> list[Path]:
@@ -105,9 +111,9 @@ def molecular_files(config: Mapping[str, Any]) -> list[Path]:
     """Input files of the molecular tables and gene groups; of the GDC's, the lists of those that were fetched."""
     molecular, paths = config["molecular"], Paths(config)
     named = [Path(molecular["sheet"])] if "sheet" in molecular else []
-    named += [paths.fetched(kind) for kind in gdc_kinds(config)]
+    named += [paths.fetched(kind) for kind in gdc_kinds(config) if kind != "slides"]
     for part in (*PANELS, "groups"):
-        if part in molecular and not ("gdc" in config and molecular[part].get("format") in _GDC_KINDS):
+        if part in molecular and not _from_gdc(config, molecular[part]):
             named += _files_of(config, Path(molecular[part]["path"]), depth=2)
             named += [Path(molecular[part]["probemap"])] if "probemap" in molecular[part] else []
     return sorted(set(named))

@@ -16,7 +16,7 @@ from morphome.cohort.slide_sheet import read_slide_sheet
 from morphome.download import api as api_module
 from morphome.download.listing import COLUMNS, KINDS, GdcFile, read_manifest, write_manifest
 from morphome.download.local import find_local
-from morphome.download.manifest import kinds_wanted, run_manifest
+from morphome.download.manifest import run_manifest
 from morphome.download.pinned import NAMES, QUERY_FORMAT
 from morphome.errors import MorphomeError, MorphomeWarning
 from morphome.files import read_json
@@ -69,7 +69,7 @@ def run(server, out="out", *, panels=PANELS, codes=("01", "03", "06"), **options
         "cohort": {"sample_types": list(codes)},
         "molecular": panels,
     }
-    run_manifest(settings=settings, gdc=section, out=Path(out))
+    run_manifest(settings=settings, gdc=section, kinds=["slides", *panels], out=Path(out))
     return read_manifest(Path(out) / "manifest.tsv"), read_json(Path(out) / "query.json", QUERY_FORMAT, settings)
 
 
@@ -142,13 +142,7 @@ def test_the_readers_of_slides_genes_and_outcomes_take_the_tables(server, gdc, f
     assert len(patients) == 6
 
 
-def test_only_what_the_panels_read_is_asked_for(server, tmp_path):
-    assert kinds_wanted({}) == ["slides"]
-    assert kinds_wanted({"expression": {"format": "star_counts"}, "mut": {"format": "csv"}}) == ["slides", "rna"]
-    maf = tmp_path / "mc3.maf"
-    maf.write_text("x")
-    assert kinds_wanted({"mut": {"format": "maf", "path": str(maf)}}) == ["slides"]
-    assert kinds_wanted(PANELS) == list(KINDS)
+def test_only_what_is_wanted_is_asked_for(server):
     listed, query = run(server, panels={})
     assert {file.kind for file in listed} == {"slides"}
     assert list(query["filters"]["TCGA-COAD"]) == ["cases", "slides"]

@@ -20,6 +20,8 @@ from morphome.files import write_text
 
 #: What a run can take from the GDC.
 KINDS = ("slides", "rna", "mut", "cnv")
+#: Formats of molecular tables that are files of the GDC, and the kind of file that each reads.
+KIND_OF_FORMAT = {"star_counts": "rna", "maf": "mut", "gdc_gene_level": "cnv"}
 COLUMNS = (
     *("id", "filename", "md5", "size", "state"),
     *("kind", "data_type", "workflow", "project", "case_ids", "sample_ids", "data_release", "local_path"),

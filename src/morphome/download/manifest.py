@@ -21,7 +21,6 @@ from morphome.download.listing import KINDS, GdcFile, tsv, write_manifest
 from morphome.download.local import Local, find_local, require_room
 from morphome.download.pinned import QUERY_FORMAT, read_pinned
 from morphome.download.query import (
-    FORMATS,
     SHEET_COLUMNS,
     LeftOut,
     count_reasons,
@@ -42,13 +41,14 @@ _MOST_NAMED = 20
 _PANEL_OF = {"rna": "molecular.rna (or .expression)", "mut": "molecular.mut", "cnv": "molecular.cnv"}
 
 
-def run_manifest(*, settings: Mapping[str, Any], gdc: Mapping[str, Any], out: Path) -> None:
+def run_manifest(*, settings: Mapping[str, Any], gdc: Mapping[str, Any], kinds: Sequence[str], out: Path) -> None:
     """Ask the GDC (or take an earlier answer) and write the four files into the folder ``out``.
 
     Args:
         settings: what decides which files there are: ``gdc`` (``projects``, ``data_release``), ``cohort``
             (``sample_types``) and ``molecular`` (formats, ``cnv.workflow``); stamped into ``query.json``.
         gdc: the whole section ``gdc`` of the configuration (``api``, ``folder``, ``have``, ``pinned`` ...).
+        kinds: what to ask for, of ``KINDS``: ``slides``, ``rna``, ``mut``, ``cnv``.
         out: folder of the run's ``gdc`` files.
 
     Raises:
@@ -58,7 +58,7 @@ def run_manifest(*, settings: Mapping[str, Any], gdc: Mapping[str, Any], out: Pa
     projects = list(dict.fromkeys(gdc["projects"]))
     codes = list(settings.get("cohort", {}).get("sample_types") or TUMOUR_CODES)
     molecular = settings.get("molecular") or {}
-    kinds = kinds_wanted(molecular)
+    kinds = [kind for kind in KINDS if kind in kinds]
     workflow = (molecular.get("cnv") or {}).get("workflow")
     release = str(gdc.get("data_release") or "latest")
     folder, have = Path(gdc.get("folder") or "resources/gdc"), [Path(place) for place in gdc.get("have") or ()]
@@ -89,21 +89,6 @@ def run_manifest(*, settings: Mapping[str, Any], gdc: Mapping[str, Any], out: Pa
     write_text(tsv([SHEET_COLUMNS, *cells]), out / "sample_sheet.tsv")
     write_text(clinical, out / "clinical.tsv")
     write_json(query, out / "query.json", QUERY_FORMAT, settings)
-
-
-def kinds_wanted(molecular: Mapping[str, Any]) -> list[str]:
-    """Kinds of files to ask for: slides, and what the panels read from the GDC.
-
-    A panel that names one file of the user's own (a MAF of all patients) needs none of the GDC.
-    """
-    wanted = {"slides"}
-    for panel in ("rna", "mut", "cnv", "expression"):
-        table = molecular.get(panel)
-        if not isinstance(table, Mapping) or table.get("format") not in FORMATS:
-            continue
-        if not (table.get("path") and Path(table["path"]).is_file()):
-            wanted.add(FORMATS[table["format"]])
-    return [kind for kind in KINDS if kind in wanted]
 
 
 def ask(

@@ -20,8 +20,6 @@ from morphome.download.api import Gdc
 from morphome.download.listing import GdcFile, check_file
 from morphome.errors import MorphomeError
 
-#: Which kind of file a panel of this format reads.
-FORMATS = {"star_counts": "rna", "maf": "mut", "gdc_gene_level": "cnv"}
 #: Conditions of a search besides the project and open access.
 CONDITIONS: dict[str, dict[str, str]] = {
     "slides": {"data_type": "Slide Image", "experimental_strategy": "Diagnostic Slide"},

@@ -1,0 +1,76 @@
+"""What the DAG is made of, where it depends on the GDC and on weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from morphome.config import check_config
+from morphome.errors import MorphomeError
+from morphome.workflow import fetched_weights, gdc_kinds, molecular_files, slide_jobs, slide_paths
+
+
+@pytest.fixture
+def preset(repository, monkeypatch, tmp_path):
+    """The configuration of a preset, with changes, checked in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    given = yaml.safe_load((repository / "resources/cohorts/tcga_hnsc.yaml").read_text())
+
+    def checked(**changes):
+        return check_config({**given, **changes})
+
+    return checked
+
+
+def test_kinds_are_what_the_panels_read_from_the_gdc(preset):
+    assert gdc_kinds(preset()) == ["slides", "rna", "mut", "cnv"]
+    Path("own.maf").write_text("x")
+    Path("bags").mkdir()
+    only = {
+        "sheet": "{gdc}/sample_sheet.tsv",
+        "expression": {"format": "star_counts", "path": "{gdc_files}"},
+        "mut": {"format": "maf", "path": "own.maf"},
+    }
+    few = {"random": None}
+    cohort = {**preset()["cohort"], "require": ["wsi"]}
+    assert gdc_kinds(preset(molecular=only, models=few, cohort=cohort)) == ["slides", "rna"]
+    external = {"source": "external", "path": "bags"}
+    assert gdc_kinds(preset(molecular=only, models=few, cohort=cohort, features=external)) == ["rna"]
+
+
+def test_tables_of_the_gdc_stand_for_the_lists_of_what_was_fetched(preset):
+    files = {str(path) for path in molecular_files(preset())}
+    fetched = {f"results/tcga_hnsc/gdc/fetched/{kind}.json" for kind in ("rna", "mut", "cnv")}
+    assert files == {*fetched, "results/tcga_hnsc/gdc/sample_sheet.tsv", "resources/published/six_families.csv"}
+
+
+def test_weights_that_are_public_and_pinned_are_fetched_by_the_workflow(preset, monkeypatch, tmp_path):
+    monkeypatch.setenv("MORPHOME_WEIGHTS", str(tmp_path / "no weights"))
+    assert fetched_weights(preset())
+    assert not fetched_weights(preset(features={"encoder": "stain_texture"}))
+    (tmp_path / "mine.pth").write_bytes(b"x")
+    assert not fetched_weights(preset(features={"encoder": "resnet50_trunc", "weights": str(tmp_path / "mine.pth")}))
+
+
+def test_slides_of_the_gdc_need_not_be_there_yet(preset):
+    config = preset()
+    with pytest.raises(MorphomeError, match=r"sample_sheet\.tsv: file not found"):
+        slide_paths(config)
+    sheet = Path(config["slides"]["sheet"])
+    sheet.parent.mkdir(parents=True)
+    name = "TCGA-AA-0001-01Z-00-DX1.X.svs"
+    columns = "File ID\tFile Name\tData Type\tCase ID\tSample ID\tLocal Path\n"
+    other = "uuid-2\tTCGA-AA-0002-01Z-00-DX1.Y.svs\tSlide Image\tTCGA-AA-0002\tTCGA-AA-0002-01Z\t/have/it.svs\n"
+    metastasis = "uuid-3\tTCGA-AA-0003-06Z-00-DX1.Z.svs\tSlide Image\tTCGA-AA-0003\tTCGA-AA-0003-06Z\t\n"
+    sheet.write_text(columns + f"uuid-1\t{name}\tSlide Image\tTCGA-AA-0001\tTCGA-AA-0001-01Z\t\n" + other + metastasis)
+    assert slide_paths(config) == {
+        "TCGA-AA-0001-01Z-00-DX1.X": Path("resources/gdc/uuid-1") / name,
+        "TCGA-AA-0002-01Z-00-DX1.Y": Path("/have/it.svs"),
+    }
+
+
+def test_groups_of_slides(preset):
+    config = preset(slides={**preset()["slides"], "per_job": 3})
+    assert slide_jobs(config, list("abcdefg")) == [["a", "b", "c"], ["d", "e", "f"], ["g"]]
