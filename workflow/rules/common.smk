@@ -30,7 +30,6 @@ from morphome.workflow import (
 )
 
 
-
 @functools.cache
 def slides():
     """File of every slide; with the GDC, once it has been asked which slides there are."""
@@ -116,7 +115,9 @@ def keys_of_job(step):
     """As :func:`key_of` for each slide of a job."""
 
     def keys(wildcards):
-        return [step_key(CONFIG, step, slide=slide) for slide in slides_of_job(wildcards)]
+        return [
+            step_key(CONFIG, step, slide=slide) for slide in slides_of_job(wildcards)
+        ]
 
     return keys
 
