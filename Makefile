@@ -11,7 +11,7 @@ demo: $(READY)
 
 # One process per core; a file's tests stay together, as they share what they build.
 test: lint
-	$(VENV)/bin/python -m pytest -n auto --dist loadfile
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(VENV)/bin/ruff check src tests

@@ -18,6 +18,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first (they start Snakemake), so that the processes end together."""
+    items.sort(key=lambda item: item.get_closest_marker("workflow") is None)
+
+
 @pytest.fixture(scope="session")
 def loaded_by() -> Callable[..., set[str]]:
     """Names of all modules that a fresh interpreter has loaded after importing the modules given."""

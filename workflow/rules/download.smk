@@ -5,6 +5,7 @@ rule published:
     log:
         PATHS.log("published", "{name}"),
     priority: 100
+    localrule: True  # nodes of a cluster often have no network
     conda:
         "../../envs/models.yaml"
     resources:
@@ -26,6 +27,7 @@ if "gdc" in CONFIG:
         log:
             PATHS.log("manifest"),
         priority: 100
+        localrule: True
         conda:
             "../../envs/models.yaml"
         resources:

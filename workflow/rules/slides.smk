@@ -34,6 +34,7 @@ if fetched_weights(CONFIG):
         log:
             PATHS.log("weights"),
         priority: 100
+        localrule: True
         conda:
             "../../envs/slides.yaml"
         resources:
