@@ -18,7 +18,7 @@ IMPORT_TO_CONDA = {
     "yaml": "pyyaml", "sklearn": "scikit-learn",
 }  # fmt: skip
 #: Environment of each step, as the rules name it.
-ENVIRONMENT = {"simulate": "slides", "tile": "slides", "encode": "slides", "report": "report"}
+ENVIRONMENT = {"simulate": "slides", "tile": "slides", "weights": "slides", "encode": "slides", "report": "report"}
 ONLY_CONDA = {"openslide"}  # the C library, which comes inside the wheel openslide-bin on PyPI
 
 

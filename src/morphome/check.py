@@ -7,12 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from morphome.config import named_files
 from morphome.errors import MorphomeError
 from morphome.features.registry import fingerprint
-from morphome.paths import PUBLISHED, Paths
+from morphome.paths import Paths
 from morphome.steps import step_settings
-from morphome.workflow import gdc_kinds, slide_paths
+from morphome.workflow import gdc_kinds, published_inputs, slide_paths, slides_from_gdc
 
 
 def _check_slides(config: Mapping[str, Any]) -> None:
@@ -36,9 +35,22 @@ def _check_slides(config: Mapping[str, Any]) -> None:
             )
 
 
+def check_published_files(config: Mapping[str, Any]) -> None:
+    """Refuse a published file of other bytes: one put there by hand is one that no rule has fetched and checked.
+
+    Raises:
+        MorphomeError: naming the file, what it has and what was expected.
+    """
+    from morphome.download.published import check_published
+
+    for path in published_inputs(config):
+        if path.exists():
+            check_published(path.name, path)
+
+
 def _fetched(config: Mapping[str, Any]) -> list[Path]:
     """What the workflow fetches before tables can be read: published files, the manifest, files of the panels."""
-    tables = [path for path in named_files(config).values() if path.parent == PUBLISHED]
+    tables = published_inputs(config)
     if "gdc" in config:
         paths = Paths(config)
         tables += [*paths.gdc_tables, *(paths.fetched(kind) for kind in gdc_kinds(config) if kind != "slides")]
@@ -60,6 +72,7 @@ def check_tables(config: Mapping[str, Any]) -> Iterator[str]:
     if "simulate" in config and not Path(config["cohort"]["clinical"]["path"]).exists():
         yield "the simulated cohort is not there yet: its tables are checked when it is made"
         return
+    check_published_files(config)
     if lacking := [path for path in _fetched(config) if not path.exists()]:
         yield f"not fetched yet: {lacking[0]} ({len(lacking)} such); the tables are checked when all are there"
         return
@@ -68,6 +81,7 @@ def check_tables(config: Mapping[str, Any]) -> Iterator[str]:
         paths = Paths({**config, "output": folder})
         run_cohort(
             settings=step_settings(config, "cohort"),
+            on_demand=slides_from_gdc(config),
             patients_out=paths.patients,
             slides_out=paths.slides,
             flow_out=paths.cohort_flow,

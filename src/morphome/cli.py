@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from morphome.cli_base import DEFAULT, Config, Run, readable_errors
 from morphome.errors import MorphomeError
 from morphome.files import write_json
 from morphome.steps import code_hash
-from morphome.workflow import run_folders, slide_jobs, slide_paths
+from morphome.workflow import run_folders, slide_jobs, slide_paths, slides_from_gdc
 
 app = typer.Typer(
     name="morphome",
@@ -93,12 +93,14 @@ for command in (cli_download.manifest, cli_download.fetch, cli_download.publishe
 @step(START)
 def cohort(config: Config = DEFAULT) -> None:
     """Patients, slides and end point; the flow of who was dropped and why."""
+    from morphome.check import check_published_files
     from morphome.cohort.manifest import run_cohort
 
     run = Run(config)
-    cli_download.check_published_files(run)
+    check_published_files(run.config)
     run_cohort(
         settings=run.settings("cohort"),
+        on_demand=slides_from_gdc(run.config),
         patients_out=run.paths.patients,
         slides_out=run.paths.slides,
         flow_out=run.paths.cohort_flow,
@@ -108,10 +110,11 @@ def cohort(config: Config = DEFAULT) -> None:
 @step(START)
 def genes(config: Config = DEFAULT) -> None:
     """Molecular tables per panel (one row per patient) and gene groups."""
+    from morphome.check import check_published_files
     from morphome.genomics.panels import run_genes
 
     run = Run(config)
-    cli_download.check_published_files(run)
+    check_published_files(run.config)
     run_genes(settings=run.settings("genes"), panels_out=run.paths.panels, groups_out=run.paths.groups)
 
 
@@ -178,7 +181,7 @@ def encode(
     _say(records)
     if job is not None:
         _write_job(run, "encode", job, records)
-        _delete_fetched(run, [paths[slide] for slide in chosen])
+        _delete_passing(run, job, [paths[slide] for slide in chosen])
 
 
 def _choose(run: Run, slides: list[str] | None, job: int | None) -> tuple[dict[str, Path], list[str]]:
@@ -192,11 +195,14 @@ def _choose(run: Run, slides: list[str] | None, job: int | None) -> tuple[dict[s
     chosen = slides or list(paths)
     if unknown := [slide for slide in chosen if slide not in paths]:
         raise MorphomeError(f"slide '{unknown[0]}': not in the slide sheet, or its file is gone", "correct the name")
-    if "gdc" in run.config and (gone := [slide for slide in chosen if not paths[slide].exists()]):
+    if gone := [slide for slide in chosen if not paths[slide].exists()]:
+        fetched = run.paths.fetched(f"slides_{job or '*'}")
         raise MorphomeError(
             f"{paths[gone[0]]}: the slide is not there ({len(gone)} of {len(chosen)})",
-            "fetch it: snakemake does when its list of fetched slides is deleted "
-            f"({run.paths.fetched('slides_' + str(job or '*'))})",
+            f"delete {fetched} and run Snakemake, which fetches them again; for a slide of gdc.have put it back, or "
+            f"delete {run.paths.gdc_manifest}, so that it is looked for anew"
+            if slides_from_gdc(run.config)
+            else "put the file back, or take the slide out of the sheet",
         )
     return paths, chosen
 
@@ -221,17 +227,16 @@ def _write_job(run: Run, name: str, job: int, records: list[dict[str, Any]]) -> 
     write_json(content, path, f"morphome.{name}_job", run.settings(name))
 
 
-def _delete_fetched(run: Run, slides: list[Path]) -> None:
-    """Delete slides that were fetched, where the configuration wants that; never one of another folder."""
-    gdc = run.config.get("gdc", {})
-    if not gdc.get("delete_slides"):
-        return
-    folder = Path(gdc["folder"])
+def _delete_passing(run: Run, job: int, slides: list[Path]) -> None:
+    """Delete the slides of a job that were fetched to be deleted; they have a folder of the run to themselves.
+
+    The list that says that they are there goes first: Snakemake, which deletes it too, may have been killed.
+    """
+    if slides_from_gdc(run.config) and run.config["gdc"]["delete_slides"]:
+        run.paths.fetched(f"slides_{job}").unlink(missing_ok=True)
     for slide in slides:
-        if slide.is_relative_to(folder):
-            slide.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # something else lies beside it
-                slide.parent.rmdir()
+        if slide.is_relative_to(run.paths.passing_slides):
+            shutil.rmtree(slide.parent, ignore_errors=True)
 
 
 @step(SLIDES)

@@ -8,10 +8,9 @@ from typing import Annotated
 import typer
 
 from morphome.cli_base import DEFAULT, Config, Run
-from morphome.config import named_files
 from morphome.errors import MorphomeError
 from morphome.paths import PUBLISHED
-from morphome.workflow import gdc_kinds, slide_jobs, slide_rows
+from morphome.workflow import gdc_kinds, slide_jobs, slide_paths, slide_rows
 
 Limit = Annotated[float, typer.Option("--mb-per-second", min=0, help="Megabytes per second at most; 0 is no limit.")]
 
@@ -41,28 +40,30 @@ def fetch(
     if (job is None) == (panel is None):
         raise MorphomeError("fetch: give either --job or --panel", "--job 1, or --panel rna")
     listed = read_manifest(run.paths.gdc_manifest)
+    kinds = gdc_kinds(run.config)
     if panel is not None:
-        if panel not in (kinds := gdc_kinds(run.config)) or panel == "slides":
-            raise MorphomeError(f"--panel {panel}: not configured", f"one of {', '.join(kinds) or 'none'}")
-        chosen = [file for file in listed if file.kind == panel]
+        panels = [kind for kind in kinds if kind != "slides"]
+        if panel not in panels:
+            raise MorphomeError(f"--panel {panel}: not taken from the GDC", f"one of {', '.join(panels) or 'none'}")
+        places = {file.file_id: file.path(Path(gdc["folder"])) for file in listed if file.kind == panel}
     else:
-        rows = {row.slide_id: row for row in slide_rows(run.config)}
-        jobs = slide_jobs(run.config, list(rows))
+        paths = slide_paths(run.config) if "slides" in kinds else {}
+        jobs = slide_jobs(run.config, list(paths))
         if not 1 <= job <= len(jobs):
             raise MorphomeError(f"--job {job}: there are {len(jobs)} jobs", "give a number of these")
-        wanted = {rows[slide].file_id for slide in jobs[job - 1]}
-        chosen = [file for file in listed if file.kind == "slides" and file.file_id in wanted]
-    folder, api = Path(gdc["folder"]), gdc["api"].rstrip("/")
+        ids = {row.slide_id: row.file_id for row in slide_rows(run.config)}
+        places = {ids[slide]: paths[slide] for slide in jobs[job - 1]}
+    api = gdc["api"].rstrip("/")
     files = [
         RemoteFile(
             url=f"{api}/data/{file.file_id}",
-            target=folder / file.file_id / file.name,
+            target=places[file.file_id],
             size=file.size,
             md5=file.md5,
             label=file.name,
         )
-        for file in chosen
-        if not file.local_path
+        for file in listed
+        if file.file_id in places and not file.local_path
     ]
     run_fetch(
         files=files,
@@ -87,25 +88,12 @@ def published(
     run_published(name=name, out=PUBLISHED / name, **_mirror(config))
 
 
-def check_published_files(run: Run) -> None:
-    """Refuse a published file of other bytes: one put there by hand is one that no rule has fetched and checked.
-
-    Raises:
-        MorphomeError: naming the file, what it has and what was expected.
-    """
-    from morphome.download.published import check_published
-
-    for path in named_files(run.config).values():
-        if path.parent == PUBLISHED and path.exists():
-            check_published(path.name, path)
-
-
 def weights(config: Config = DEFAULT) -> None:
     """Fetch the weights of the encoder of a run, where they are public and their checksum is known."""
     from morphome.features.prefetch import run_weights
 
     run = Run(config)
-    run_weights(features=run.config["features"], out=run.paths.weights)
+    run_weights(settings=run.settings("weights"), features=run.config["features"], out=run.paths.weights)
 
 
 def _gdc(run: Run, config: Path) -> dict:

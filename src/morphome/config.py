@@ -29,6 +29,18 @@ def schema() -> dict[str, Any]:
     return yaml.safe_load(SCHEMA_PATH.read_text(encoding="utf-8"))
 
 
+#: Keys of a molecular table that only some formats read.
+_KEYS_OF_FORMATS = {
+    "values": ("star_counts",),
+    "workflow": ("gdc_gene_level",),
+    "file": ("cbioportal",),
+    "probemap": ("xena",),
+    "unit": ("cbioportal", "xena", "csv"),
+    "log2": ("cbioportal", "xena", "csv"),
+    "consequences": ("maf", "cbioportal", "xena"),
+}
+
+
 class _UniqueKeys(yaml.SafeLoader):
     """Safe YAML in which a key that stands twice is an error; plain YAML would keep the last one in silence."""
 
@@ -187,6 +199,11 @@ def _contradictions(full: Mapping[str, Any]) -> list[str]:
                 f"cohort.require: '{panel}' is required but molecular.{panel} is not configured. "
                 f"Remedy: add molecular.{panel} or take '{panel}' out of cohort.require"
             )
+    if full["cohort"]["endpoint"] != "OS" and full["cohort"]["clinical"]["format"] == "gdc_clinical":
+        problems.append(
+            f"cohort.endpoint: the GDC's clinical table holds OS only, not {full['cohort']['endpoint']}. "
+            "Remedy: cohort.clinical.format tcga_cdr, or cohort.endpoint OS"
+        )
     if full["features"]["source"] == "external" and "path" not in full["features"]:
         problems.append("features.path: needed with features.source 'external'. Remedy: name the file or folder")
     if full["features"]["source"] == "encode" and "path" in full["features"]:
@@ -198,6 +215,14 @@ def _contradictions(full: Mapping[str, Any]) -> list[str]:
     if needs_sheet and "sheet" not in full["slides"]:
         remedy = "{gdc}/sample_sheet.tsv" if "gdc" in full else "a TSV with slide_id, patient_id, path"
         problems.append(f"slides.sheet: needed to encode slides. Remedy: {remedy}")
+    if "gdc" in full and full["slides"].get("sheet") == str(Paths(full).gdc_sheet):
+        folder = full["slides"].get("folder")
+        if folder != full["gdc"]["folder"]:
+            problems.append(f"slides.folder: {folder} is not where the GDC's slides go. Remedy: {{gdc_files}}")
+    if Path(full.get("gdc", {}).get("pinned", "")) == Paths(full).gdc:
+        problems.append(
+            f"gdc.pinned: {Paths(full).gdc} is this run's own list. Remedy: copy the folder elsewhere first"
+        )
     if "gdc" in full and "simulate" in full:
         problems.append("gdc: a simulated cohort takes nothing from the GDC. Remedy: remove 'gdc' or 'simulate'")
     if full["features"]["source"] == "encode":
@@ -206,6 +231,13 @@ def _contradictions(full: Mapping[str, Any]) -> list[str]:
         table = molecular.get(panel)
         if not table:
             continue
+        known = schema()["properties"]["molecular"]["properties"][panel]["properties"]
+        for key in set(table) & set(_KEYS_OF_FORMATS):
+            if table["format"] not in _KEYS_OF_FORMATS[key] and table[key] != known[key].get("default"):
+                problems.append(
+                    f"molecular.{panel}.{key}: means nothing for format {table['format']}. "
+                    f"Remedy: take it out (it is for {', '.join(_KEYS_OF_FORMATS[key])})"
+                )
         if table["format"] in {"star_counts", "gdc_gene_level"} and "sheet" not in molecular:
             problems.append(
                 f"molecular.sheet: needed for molecular.{panel} with format {table['format']}. "

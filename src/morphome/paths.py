@@ -87,6 +87,11 @@ class Paths:
     def gdc_sheet(self) -> Path:
         return self.gdc / "sample_sheet.tsv"
 
+    @property
+    def passing_slides(self) -> Path:
+        """Slides on their way, with ``gdc.delete_slides``; everything in it may be deleted."""
+        return self.gdc / "slides"
+
     def fetched(self, part: str) -> Path:
         """List of the files of a panel (``rna``), or of a job of slides (``slides_1``), that were fetched."""
         return self.gdc / "fetched" / f"{part}.json"

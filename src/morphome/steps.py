@@ -32,12 +32,12 @@ class Step:
 _ENCODER = ("features.encoder", "features.precision")
 STEPS: dict[str, Step] = {
     "simulate": Step(("simulate",), "morphome.cohort.simulate"),
-    # Which files there are: where they lie and how they are fetched is no reason to ask the GDC again.
+    # Which files there are, and which are here already. How they are fetched is no reason to ask the GDC again.
     "manifest": Step(
         (
             *("gdc.projects", "gdc.data_release", "gdc.have", "gdc.pinned", "cohort.sample_types"),
             *(f"molecular.{panel}.{key}" for panel in PANELS for key in ("format", "path")),
-            "features.source",
+            *("features.source", "slides.sheet"),
             "molecular.cnv.workflow",
         ),
         "morphome.download.manifest",
@@ -45,10 +45,11 @@ STEPS: dict[str, Step] = {
     "fetch": Step((), "morphome.download.fetch"),
     "published": Step((), "morphome.download.published"),
     "cohort": Step(
-        ("cohort", "gdc.projects", "slides.sheet", "slides.folder", "features.source", "features.path"),
+        ("cohort", "slides.sheet", "slides.folder", "features.source", "features.path"),
         "morphome.cohort.manifest",
     ),
     "genes": Step(("molecular", "cohort.sample_types"), "morphome.genomics.panels"),
+    "weights": Step(("features.encoder",), "morphome.features.prefetch"),
     "tile": Step(("tiling", "slides.reader"), "morphome.slides.tile_job"),
     # How an encoder is run (weights, device, runtime, batch) is not among its settings: the vectors are the same, and
     # other weights give another fingerprint and so another folder.

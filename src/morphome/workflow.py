@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from morphome.cohort.slide_sheet import SlideRow, read_slide_sheet
+from morphome.config import named_files
 from morphome.download.listing import KIND_OF_FORMAT, KINDS
 from morphome.errors import MorphomeError
-from morphome.paths import GDC_TABLES, PANELS, Paths
+from morphome.paths import GDC_TABLES, PANELS, PUBLISHED, Paths
 
 
 def slide_rows(config: Mapping[str, Any]) -> list[SlideRow]:
@@ -25,11 +26,19 @@ def slide_rows(config: Mapping[str, Any]) -> list[SlideRow]:
     return read_slide_sheet(sheet, Path(folder) if folder else None, codes=config["cohort"]["sample_types"])[0]
 
 
+def slides_from_gdc(config: Mapping[str, Any]) -> bool:
+    """Whether the slides are those of the GDC's sheet, and not of a sheet or features of the user's own."""
+    sheet = config["slides"].get("sheet")
+    encoded = config["features"]["source"] == "encode"
+    return "gdc" in config and encoded and sheet is not None and Path(sheet) == Paths(config).gdc_sheet
+
+
 def slide_paths(config: Mapping[str, Any]) -> dict[str, Path]:
     """``{slide_id: file}`` of every slide that can be tiled, in the order of the sheet.
 
     Slides that the sheet lists without a file on disk stay out; the cohort manifest names them. Slides of the GDC are
-    all there: they are fetched when they are needed.
+    all there: they are fetched when they are needed. Those that are to be deleted after use have a folder of the run to
+    themselves, so that nothing else can be in it.
 
     Raises:
         MorphomeError: no slide of the sheet was found.
@@ -42,13 +51,21 @@ def slide_paths(config: Mapping[str, Any]) -> dict[str, Path]:
         folder = Paths(config).simulated / "slides"
         return {slide.slide_id: folder / slide.file_name for slide in design(config["simulate"]).slides}
     rows = slide_rows(config)
-    found = {row.slide_id: Path(row.path) for row in rows if "gdc" in config or Path(row.path).exists()}
+    if slides_from_gdc(config):
+        passing = Paths(config).passing_slides if config["gdc"]["delete_slides"] else None
+        return {row.slide_id: _gdc_place(row, passing) for row in rows}
+    found = {row.slide_id: Path(row.path) for row in rows if Path(row.path).exists()}
     if not found:
         raise MorphomeError(
             f"{config['slides']['sheet']}: none of its {len(rows)} slides was found on disk",
             "check the paths in the sheet, or slides.folder",
         )
     return found
+
+
+def _gdc_place(row: SlideRow, passing: Path | None) -> Path:
+    path = Path(row.path)
+    return path if passing is None or path.exists() else passing / row.file_id / path.name
 
 
 def slide_jobs(config: Mapping[str, Any], slides: Sequence[str]) -> list[list[str]]:
@@ -62,7 +79,7 @@ def gdc_kinds(config: Mapping[str, Any]) -> list[str]:
     if "gdc" not in config:
         return []
     wanted = {KIND_OF_FORMAT[table["format"]] for table in config["molecular"].values() if _from_gdc(config, table)}
-    if config["features"]["source"] == "encode":
+    if slides_from_gdc(config):
         wanted.add("slides")
     return [kind for kind in KINDS if kind in wanted]
 
@@ -77,6 +94,11 @@ def pinned_files(config: Mapping[str, Any]) -> list[Path]:
     """The tables of the earlier run that ``gdc.pinned`` names; empty without it."""
     folder = config.get("gdc", {}).get("pinned")
     return [Path(folder) / name for name in GDC_TABLES] if folder else []
+
+
+def published_inputs(config: Mapping[str, Any]) -> list[Path]:
+    """Files that others published and that the configuration names (``{published}/NAME``)."""
+    return sorted({path for path in named_files(config).values() if path.parent == PUBLISHED})
 
 
 def fetched_weights(config: Mapping[str, Any]) -> bool:

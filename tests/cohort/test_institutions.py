@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import openpyxl
+from pathlib import Path
+
+import pandas as pd
 import pytest
 import yaml
 
 from morphome.cohort import institutions as module
-from morphome.cohort.institutions import ALIASES, institution_of, institutions
+from morphome.cohort.institutions import ALIASES, institution_of, institutions_of_sheet, sites
 from morphome.errors import MorphomeError
 
 
@@ -67,22 +69,25 @@ def test_a_name_under_two_institutions_is_refused(tmp_path, monkeypatch):
         module._aliases.cache_clear()
 
 
-def book(tmp_path, rows, title="TSS_Info"):
-    file = openpyxl.Workbook()
-    file.active.title = title
-    for row in rows:
-        file.active.append(row)
-    path = tmp_path / "sites.xlsx"
-    file.save(path)
-    return path
+def test_site_of_a_patient():
+    patients = ["TCGA-08-0001", "TCGA-RY-0002", "TCGA-QQ-0003", "P4", "P5"]
+    names = ["UCSF", "ucsf", None, "[Not Available]", "Yale"]
+    ucsf = "University of California San Francisco"
+    assert sites(patients, names) == [ucsf, ucsf, "QQ", "unknown", "Yale University"]
+
+
+def of_sheet(rows):
+    return institutions_of_sheet(
+        pd.DataFrame([[*row, "", "", ""][:3] for row in rows], dtype=object), Path("sites.xlsx")
+    )
 
 
 HEADER = ["TSS Code", "Source Site", "Disease type"]
 
 
-def test_codes_of_a_sheet(tmp_path):
+def test_codes_of_a_sheet():
     rows = [["Weblink", "x"], [], HEADER, [1, "IGC"], [50, "Roswell"], ["NA", "UNC"], ["ry", "UCSF"], ["ZZ", None], []]
-    assert institutions(book(tmp_path, rows)) == {
+    assert of_sheet(rows) == {
         "01": "International Genomics Consortium",
         "50": "Roswell Park Comprehensive Cancer Center",
         "NA": "University of North Carolina",
@@ -90,12 +95,8 @@ def test_codes_of_a_sheet(tmp_path):
     }
 
 
-def test_bad_sheets_are_named(tmp_path):
-    with pytest.raises(MorphomeError, match=r"no\.xlsx: file not found"):
-        institutions(tmp_path / "no.xlsx")
+def test_bad_sheets_are_named():
     with pytest.raises(MorphomeError, match=r"sites\.xlsx: no columns 'TSS Code' and 'Source Site'"):
-        institutions(book(tmp_path, [["Code", "Name"], ["01", "x"]]))
-    with pytest.raises(MorphomeError, match=r"sites\.xlsx: sheet 'TSS_Info' cannot be read"):
-        institutions(book(tmp_path, [HEADER], title="Other"))
+        of_sheet([["Code", "Name"], ["01", "x"]])
     with pytest.raises(MorphomeError, match="'01' has two names, 'Roswell Park Comprehensive Cancer Center' and 'Yale"):
-        institutions(book(tmp_path, [HEADER, ["01", "Roswell"], [1, "Roswell Park"], ["01", "Yale"]]))
+        of_sheet([HEADER, ["01", "Roswell"], [1, "Roswell Park"], ["01", "Yale"]])

@@ -59,6 +59,14 @@ def test_one_row_per_case_diagnosis_and_follow_up(gdc):
     assert rows[1]["diagnoses.days_to_last_follow_up"] == "100"
 
 
+def test_grades_of_brain_tumours_are_asked_for_and_read(gdc, tmp_path):
+    diagnoses = [{"diagnosis_is_primary_disease": True, "tumor_grade": None, "who_cns_grade": "Grade III"}]
+    with gdc.GdcServer([], [gdc.case_record("TCGA-AA-0001", diagnoses=diagnoses)]) as server, Gdc(server.url) as api:
+        text = clinical_tsv(find_cases(api, "TCGA-COAD"))
+    (tmp_path / "clinical.tsv").write_text(text)
+    assert read_clinical("gdc_clinical", tmp_path / "clinical.tsv").table["grade"].tolist() == [3]
+
+
 def test_gaps_and_odd_text_keep_the_columns(gdc):
     record = gdc.case_record(site_name='A "big"\tplace\nof 2 lines', follow_ups=[None])
     del record["demographic"]

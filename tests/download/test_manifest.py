@@ -17,10 +17,11 @@ from morphome.download import api as api_module
 from morphome.download.listing import COLUMNS, KINDS, GdcFile, read_manifest, write_manifest
 from morphome.download.local import find_local
 from morphome.download.manifest import run_manifest
-from morphome.download.pinned import NAMES, QUERY_FORMAT
+from morphome.download.pinned import QUERY_FORMAT
 from morphome.errors import MorphomeError, MorphomeWarning
 from morphome.files import read_json
 from morphome.genomics.gdc_files import choose_files
+from morphome.paths import GDC_TABLES
 
 PANELS = {"rna": {"format": "star_counts"}, "mut": {"format": "maf"}, "cnv": {"format": "gdc_gene_level"}}
 
@@ -320,7 +321,7 @@ def drop_line(path):
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        *((name, Path.unlink, f"{name} not found") for name in NAMES),
+        *((name, Path.unlink, f"{name} not found") for name in GDC_TABLES),
         ("manifest.tsv", drop_line, "manifest.tsv lists"),
         ("sample_sheet.tsv", drop_line, "sample_sheet.tsv lists other files"),
         ("clinical.tsv", drop_line, "clinical.tsv lists 5 patients, query.json says 6"),

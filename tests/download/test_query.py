@@ -170,6 +170,14 @@ def test_samples_of_the_tumour_under_study(gdc):
     }
     kept, left_out = keep_tumours(slides, ["02"])
     assert [file.name[13:15] for file in kept] == ["02"]
+    # The slide's own barcode decides, whatever sample hangs on it besides.
+    own = gdc.slide_record(case, code="01")
+    own["cases"][0]["samples"] = [gdc.sample(f"{case}-11A")]
+    normal = gdc.slide_record(case, code="11")
+    normal["cases"][0]["samples"] = [gdc.sample(f"{case}-01A")]
+    kept, left_out = keep_tumours([read(own, "slides"), read(normal, "slides")], TUMOUR_CODES)
+    assert [file.file_id for file in kept] == [own["file_id"]]
+    assert [(one.file_id, one.reason[:14]) for one in left_out] == [(normal["file_id"], "sample type 11")]
     # Blood beside the tumour is no reason; a comparison is judged by its tumour.
     assert keep_tumours([read(gdc.maf_record(case), "mut")], ["01"])[1] == []
     assert keep_tumours([read(gdc.maf_record(case), "mut")], ["06"])[1][0].reason.startswith("sample type 01")

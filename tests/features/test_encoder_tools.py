@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import ClassVar
 
@@ -13,14 +14,15 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from morphome.download import transfer
 from morphome.errors import MorphomeError
 from morphome.features import prefetch as prefetch_module
 from morphome.features import weights
 from morphome.features.build import build_model
 from morphome.features.encoder_tools import doctor, encoder_rows, slide_encoder_rows, table_text
-from morphome.features.prefetch import prefetch
+from morphome.features.prefetch import prefetch, run_weights
 from morphome.features.registry import ENCODERS, encoder_spec
-from morphome.features.weights import weights_id
+from morphome.features.weights import promised_sha256, weights_id
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 BODY = bytes(range(256)) * 40
@@ -75,7 +77,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
                 return self.reply(200, body, send, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
         if path == "file.pth":
             start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
-            return self.reply(206 if start else 200, BODY[start:], send, {})
+            part = {"Content-Range": f"bytes {start}-{len(BODY) - 1}/{len(BODY)}"} if start else {}
+            return self.reply(206 if start else 200, BODY[start:], send, part)
         return self.reply(404, b"{}", send, {"X-Error-Code": "RepoNotFound"})
 
     def reply(self, status: int, body: bytes, send: bool, headers: dict[str, str]) -> None:
@@ -141,7 +144,7 @@ def test_prefetch_takes_what_the_model_needs_and_records_it(hub, root):
     assert record["source"] == "hf:owkin/phikon"
     assert record["files"]["model.safetensors"] == {"bytes": len(BODY), "sha256": SHA256}
     assert any(COMMIT in line for line in said)
-    assert not [path for path in root.iterdir() if path.name.startswith(".phikon")]
+    assert [path.name for path in root.iterdir() if path.name.startswith(".phikon")] == [".phikon.lock"]
     assert weights_id({"encoder": "phikon", "allow_unpinned": True})
     # A second time nothing is fetched.
     n_seen = len(Hub.seen)
@@ -209,7 +212,8 @@ def test_prefetch_of_a_repository_without_the_file_says_so(hub):
 
 
 # -- prefetch from an address -------------------------------------------------------------------------------------
-def test_prefetch_from_an_address_goes_on_where_it_stopped(hub, root, change):
+def test_prefetch_from_an_address_goes_on_where_it_stopped(hub, root, change, monkeypatch):
+    monkeypatch.setattr(transfer, "FIRST_WAIT_S", 0.0)
     change("resnet50_trunc", source=f"{hub}/file.pth", weights_sha256=(SHA256,))
     Hub.breaks_at = 1000
     with pytest.raises(MorphomeError, match="cannot fetch"):
@@ -217,18 +221,19 @@ def test_prefetch_from_an_address_goes_on_where_it_stopped(hub, root, change):
     assert not (root / "resnet50_trunc").exists()
     Hub.breaks_at = None
     folder = prefetch("resnet50_trunc", say=str)
-    assert Hub.seen[-1] == ("GET", "/file.pth", "bytes=1000-")
+    assert Hub.seen[-1] == ("GET", "/file.pth", "bytes=4000-")  # after four attempts of 1,000 bytes
     assert [path.name for path in sorted(folder.iterdir())] == ["resnet50-0676ba61.pth", "weights.json"]
     assert weights_id({"encoder": "resnet50_trunc"}) == SHA256
 
 
-def test_a_wrong_file_from_an_address_is_fetched_anew(hub, root, change):
+def test_a_wrong_file_from_an_address_is_fetched_anew(hub, root, change, monkeypatch):
+    monkeypatch.setattr(transfer, "FIRST_WAIT_S", 0.0)
     change("resnet50_trunc", source=f"{hub}/file.pth", weights_sha256=("0" * 64,))
     for _ in range(2):
         Hub.seen.clear()
-        with pytest.raises(MorphomeError, match="have 0000"):
+        with pytest.raises(MorphomeError, match="expected 0000"):
             prefetch("resnet50_trunc", say=str)
-        assert [method for method, *_ in Hub.seen] == ["GET"]
+        assert [method for method, *_ in Hub.seen] == ["GET", "GET"]
     change("resnet50_trunc", source=f"{hub}/file.pth", weights_sha256=(SHA256,))
     assert prefetch("resnet50_trunc", say=str) == root / "resnet50_trunc"
 
@@ -239,6 +244,27 @@ def test_nothing_to_fetch_is_said(capsys):
     with pytest.raises(MorphomeError, match="no public address") as caught:
         prefetch("ctranspath")
     assert "ctranspath.pth" in caught.value.remedy
+
+
+def test_a_second_prefetch_waits_and_finds_the_weights(hub, root, change):
+    change("resnet50_trunc", source=f"{hub}/file.pth", weights_sha256=(SHA256,))
+    with ThreadPoolExecutor(4) as pool:
+        folders = list(pool.map(lambda _: prefetch("resnet50_trunc", say=str), range(4)))
+    assert set(folders) == {root / "resnet50_trunc"}
+    assert [path for _, path, _ in Hub.seen] == ["/file.pth"]
+
+
+def test_weights_of_a_run_are_fetched_once_and_promised_before(hub, root, change, tmp_path):
+    change("resnet50_trunc", source="https://example.org/file.pth", weights_sha256=(SHA256,))
+    features, settings = {"encoder": "resnet50_trunc"}, {"features": {"encoder": "resnet50_trunc"}}
+    assert promised_sha256(features) == SHA256 == weights_id(features)
+    change("resnet50_trunc", source=f"{hub}/file.pth", weights_sha256=(SHA256,))
+    for _ in range(2):
+        run_weights(settings=settings, features=features, out=tmp_path / "weights.json")
+    assert [path for _, path, _ in Hub.seen] == ["/file.pth"]
+    (root / "resnet50_trunc" / "resnet50-0676ba61.pth").write_bytes(b"another")
+    with pytest.raises(MorphomeError, match="damaged or replaced"):
+        weights_id(features)
 
 
 # -- list ---------------------------------------------------------------------------------------------------------

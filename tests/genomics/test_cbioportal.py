@@ -49,14 +49,56 @@ def test_wide_matrix_symbols_and_missing_cells(study):
     )
     panel = study.read("rna")
     assert panel.patients == ["TCGA-05-0001", "TCGA-05-0002", "TEST-1"] and panel.genes == ["ERCC5", "SLC35E2"]
-    # rows that share a symbol: the mean of what was measured
-    np.testing.assert_array_equal(panel.values, np.float32([[1, 3], [np.nan, 8], [3, 4]]))
+    # rows that share a symbol: the sum of what was measured, for rna as for expression
+    np.testing.assert_array_equal(panel.values, np.float32([[1, 6], [np.nan, 8], [3, 4]]))
     assert (panel.value_type, panel.unit) == ("as_given", "Expression (RSEM).")
     facts = {"symbols_cut_at_bar": 2, "rows_without_symbol": 1, "symbols_repeated": 1, "file": "data_mrna.txt"}
     assert facts.items() <= panel.notes.items()
-    amounts = study.read("expression")  # amounts add up
-    np.testing.assert_array_equal(amounts.values, np.float32([[1, 6], [np.nan, 8], [3, 4]]))
+    amounts = study.read("expression")
+    np.testing.assert_array_equal(amounts.values, panel.values)
+    assert amounts.notes["rule_for_symbols"] == panel.notes["rule_for_symbols"]
     assert study.read("rna", unit="log2(TPM+1)").value_type == "log2_tpm_plus_1"
+    ratios = (study.folder / "data_mrna.txt").read_text().replace("2\t\t4", "2\t\t-4")
+    study.write("data_mrna.txt", ratios)  # values below zero are no amounts: their mean
+    np.testing.assert_array_equal(study.read("rna").values, np.float32([[1, 3], [np.nan, 8], [3, -4]]))
+
+
+def test_logarithm_of_linear_values(study):
+    rows = "GA\t1\t1\tNA\t3\nGB\t2\t2000\t\t4\nGB|7\t2\t47\t7\t0\n"
+    study.profile("mrna", EXPRESSION, "CONTINUOUS", WIDE + rows, profile_description="Expression (RSEM).")
+    panel = study.read("rna", log2=True)
+    # rows that share a symbol are summed before: log2(2000 + 47 + 1) = 11
+    expected = [[1, 11], [np.nan, 3], [2, np.log2(5)]]
+    np.testing.assert_allclose(panel.values, np.float32(expected), rtol=1e-6)
+    assert panel.values.dtype == np.float32
+    assert (panel.value_type, panel.unit) == ("log2_plus_1", "log2(Expression (RSEM) + 1)")
+    assert panel.notes["rule_for_symbols"] == "values of genes that share a symbol are summed before the logarithm"
+    assert "molecular.rna.log2" in panel.notes["rule_for_values"]
+    said = (
+        r"data_mrna\.txt: values up to 2047 \(Expression \(RSEM\)\.\) look like(.|\n)*set molecular\.rna\.log2 to true"
+    )
+    with pytest.warns(MorphomeWarning, match=said) as told:
+        assert study.read("rna").value_type == "as_given"
+    assert len(told) == 1
+    with pytest.raises(MorphomeError, match=r"molecular\.rna\.log2 is set, but the values are in ln\(x\) already"):
+        study.read("rna", unit="ln(x)", log2=True)
+    study.write("data_mrna.txt", WIDE + "GA\t1\t1\t-2\t3\n")
+    with pytest.raises(MorphomeError, match=r"-2 of GA for patient TCGA-05-0002(.|\n)*remove molecular\.rna\.log2"):
+        study.read("rna", log2=True)
+    study.profile("mrna", EXPRESSION, "Z-SCORE", WIDE + "GA\t1\t1\t2\t2000\n")
+    with pytest.raises(MorphomeError, match="values are in z-score already"):
+        study.read("rna", log2=True)
+    panel = study.read("rna")  # no warning: z-scores may be large
+    assert panel.notes["rule_for_values"].endswith("all patients of the source table, test folds included")
+
+
+def test_expression_needs_a_unit_where_the_study_says_none(study):
+    study.profile("mrna", EXPRESSION, "CONTINUOUS", WIDE + "GA\t1\t1\t2\t3\n")
+    with pytest.raises(
+        MorphomeError, match=r"data_mrna\.txt: the table does not say(.|\n)*molecular\.expression\.unit is not set"
+    ):
+        study.read("expression")
+    assert study.read("expression", unit="counts").value_type == "counts"
 
 
 def test_patients_come_from_the_study_and_one_sample_each(study):
@@ -78,7 +120,7 @@ def test_several_profiles_need_a_choice(study):
     with pytest.raises(MorphomeError, match=r"2 profiles fit molecular\.rna: data_a\.txt \(CONTINUOUS\); data_b\.txt"):
         study.read("rna")
     assert study.read("rna", file="data_b.txt").value_type == "zscore"
-    assert study.read("expression").values.tolist() == [[1], [2], [3]]  # only one can be amounts
+    assert study.read("expression", unit="RSEM").values.tolist() == [[1], [2], [3]]  # only one can be amounts
     by_file = read_panel("rna", {"format": "cbioportal", "path": str(study.folder / "data_a.txt")}, None)
     assert by_file.values.tolist() == [[1], [2], [3]]
     with pytest.raises(MorphomeError, match=r"data_c\.txt: holds METHYLATION(.|\n)*MRNA_EXPRESSION"):
@@ -149,6 +191,9 @@ def test_genes_outside_a_gene_panel_are_not_measured(study):
     panel = study.read("mut")
     assert panel.genes == ["GA", "GD"] and panel.notes["patients_with_gene_panel"] == 1
     np.testing.assert_array_equal(panel.values, np.float32([[1, np.nan], [0, 1]]))
+    # A mutation that was found stays one, though the panel does not list its gene; the other sample's is not known.
+    study.write("data_gene_panel_small.txt", "stable_id: SMALL\ngene_list: GX\n")
+    np.testing.assert_array_equal(study.read("mut").values, np.float32([[1, np.nan], [0, 1]]))
     study.write("data_gene_panel_matrix.txt", matrix.replace("SMALL", "OTHER"))
     with pytest.warns(MorphomeWarning, match="gene panels OTHER are not in the study folder"):
         assert study.read("mut").values.tolist() == [[1, 0], [0, 1]]

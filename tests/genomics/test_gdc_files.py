@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from morphome.errors import MorphomeError
-from morphome.genomics.gdc_files import choose_files
+from morphome.genomics.gdc_files import choose_coded_files, choose_files
 from morphome.genomics.sources import read_panel
 
 HEADER = "File ID\tFile Name\tData Category\tData Type\tProject ID\tCase ID\tSample ID\tSample Type\n"
@@ -77,6 +77,19 @@ def test_one_file_per_patient_by_the_stated_rule(tmp_path):
     assert panel.patients == ["TCGA-05-0001", "TCGA-05-0003"]  # 0002 has a recurrence only
     np.testing.assert_allclose(panel.values[:, 0], [np.log2(5), 4.0])  # 01A, and u4 before u9
     assert panel.notes["left_out"] == {"further file of the same patient": 2, "no sample of the tumour under study": 3}
+
+
+def test_a_file_of_two_tumour_samples_ranks_by_its_better_one(tmp_path):
+    folder = Folder(tmp_path, RNA)
+    pair = "TCGA-05-0001, TCGA-05-0001"
+    folder.add("u1", "x.tsv", "TCGA-05-0001", "TCGA-05-0001-01B", star(("ENSG1.1", "G", "0")))
+    folder.add("u2", "x.tsv", pair, "TCGA-05-0001-06A, TCGA-05-0001-01A", star(("ENSG1.1", "G", "3")))
+    folder.add("u3", "x.tsv", "TCGA-05-0001", "TCGA-05-0001-06A", star(("ENSG1.1", "G", "7")))
+    assert folder.read("rna", "star_counts").values.tolist() == [[2]]  # u2: its 01A comes before 01B
+    coded, _ = choose_coded_files("star_counts", tmp_path, folder.sheet, "molecular.rna")
+    assert coded == {"TCGA-05-0001": (tmp_path / "u2" / "x.tsv", "01")}
+    coded, _ = choose_coded_files("star_counts", tmp_path, folder.sheet, "molecular.rna", codes=("06", "01"))
+    assert coded == {"TCGA-05-0001": (tmp_path / "u2" / "x.tsv", "06")}  # the smaller File ID of two 06A
 
 
 @pytest.mark.parametrize(

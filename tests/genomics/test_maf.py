@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from morphome.errors import MorphomeError
+from morphome.errors import MorphomeError, MorphomeWarning
 from morphome.genomics.consequences import PROTEIN_CHANGING, consequences, severest
 from morphome.genomics.maf import maf_table
 from morphome.genomics.samples import choose_samples
@@ -66,6 +66,21 @@ def test_maf_of_another_patient_is_refused(tmp_path):
     folder.add("u", "TCGA-05-0001", "TCGA-05-0001-01A", maf(("TP53", "Silent", "TCGA-05-0002-01A-11D-1893-08")))
     with pytest.raises(MorphomeError, match=r"x\.maf\.gz: holds sample TCGA-05-0002"):
         folder.read()
+
+
+def test_maf_of_another_sample_is_refused(tmp_path):
+    folder = Folder(tmp_path)
+    metastasis = maf(("TP53", "Silent", "TCGA-05-0001-06A-11D-1893-08"))
+    folder.add("u", "TCGA-05-0001", "TCGA-05-0001-01A", metastasis)
+    said = r"holds sample TCGA-05-0001-06A-11D-1893-08, but the sample sheet says patient TCGA-05-0001, sample code 01"
+    with pytest.raises(MorphomeError, match=said):
+        folder.read()
+    # The code that the sheet gives to the chosen file is asked for, not just any of the configured ones.
+    folder.sheet.write_text(folder.sheet.read_text().replace("0001-01A", "0001-06A"))
+    assert folder.read(consequences="all").genes == ["TP53"]
+    # Files of other projects, and sheets that do not say the sample, are taken at their word.
+    folder.sheet.write_text(folder.sheet.read_text().replace("TCGA-05-0001-06A", ""))
+    assert folder.read(consequences="all").genes == ["TP53"]
 
 
 def test_one_maf_of_many_samples(tmp_path):
@@ -141,6 +156,43 @@ def test_unknown_classes_are_refused_with_near_ones(tmp_path):
     own = maf(("G", "House_Class", ONE), ("H", "Silent", ONE))
     folder.add("u", "TCGA-05-0001", "TCGA-05-0001-01A", own)
     assert folder.read(consequences=["House_Class"]).genes == ["G"]  # not ours, but in the file
+
+
+def test_classes_are_known_in_any_case(tmp_path):
+    path = tmp_path / "all.maf.gz"
+    kinds = ["missense_mutation", "FRAME_SHIFT_DEL", "silent", "Stop_Codon_Del", "start_codon_snp"]
+    kinds += ["De_novo_Start_OutOfFrame", "De_novo_Start_InFrame", "Splice_Site;Silent"]
+    path.write_bytes(maf(*((f"G{number}", kind, ONE) for number, kind in enumerate(kinds))))
+    table = {"format": "maf", "path": str(path)}
+    panel = read_panel("mut", table, None)
+    assert panel.genes == ["G0", "G1", "G3", "G4", "G7"] and panel.notes["variants_of_classes_not_known"] == {}
+    assert panel.notes["variants_passed_over"] == {
+        **{"De_novo_Start_InFrame": 1, "De_novo_Start_OutOfFrame": 1, "Silent": 1}
+    }
+    assert panel.notes["variants_kept"]["Missense_Mutation"] == 1
+    listed = read_panel("mut", {**table, "consequences": ["SILENT", "stop_codon_del"]}, None)
+    assert listed.genes == ["G2", "G3"]
+
+
+def test_classes_that_nothing_knows_are_told_once(tmp_path):
+    path = tmp_path / "all.maf.gz"
+    rows = [("A", "House_Class", ONE), ("B", "House_Class", ONE), ("C", "Missense_Mutation", ONE), ("D", "", ONE)]
+    path.write_bytes(maf(*rows))
+    table = {"format": "maf", "path": str(path)}
+    said = (
+        r"molecular\.mut: 3 variants of classes that are not known do not count: 'House_Class' \(2\), '\(empty\)' \(1\)"
+    )
+    with pytest.warns(MorphomeWarning, match=said) as told:
+        panel = read_panel("mut", table, None)
+    assert len(told) == 1 and panel.genes == ["C"]
+    unknown = {"(empty)": 1, "House_Class": 2}
+    assert panel.notes["variants_of_classes_not_known"] == panel.notes["variants_passed_over"] == unknown
+    assert read_panel("mut", {**table, "consequences": "all"}, None).genes == [
+        "A",
+        "B",
+        "C",
+        "D",
+    ]  # all count: no warning
 
 
 def test_germline_and_nameless_variants_are_passed_over(tmp_path):

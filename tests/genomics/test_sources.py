@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from morphome.errors import MorphomeError
+from morphome.errors import MorphomeError, MorphomeWarning
 from morphome.files import parquet_meta, read_parquet
 from morphome.genomics.panels import PANELS, run_genes
 from morphome.genomics.sources import FORMATS, read_panel
@@ -57,11 +57,11 @@ def star(root: Path) -> dict[str, Any]:
     return {"format": "star_counts", **gdc_folder(root, "Gene Expression Quantification", texts, ".tsv")}
 
 
-def csv(values: np.ndarray) -> Callable[[Path], dict[str, Any]]:
+def csv(values: np.ndarray, **more: str) -> Callable[[Path], dict[str, Any]]:
     def write(root: Path) -> dict[str, Any]:
         rows = [[patient, *map(cell, row)] for patient, row in zip(PATIENTS, values, strict=True)]
         (root / "t.tsv").write_text(tsv([["patient_id", *GENES], *rows[::-1]]))
-        return {"format": "csv", "path": str(root / "t.tsv")}
+        return {"format": "csv", "path": str(root / "t.tsv"), **more}
 
     return write
 
@@ -194,7 +194,7 @@ SOURCES = {
     "cnv cbioportal long": ("cnv", cbioportal(COPIES, "COPY_NUMBER_ALTERATION", "DISCRETE_LONG"), COPIES, "gistic"),
     "cnv cbioportal log2": ("cnv", cbioportal(COPIES, "COPY_NUMBER_ALTERATION", "LOG2-VALUE"), COPIES, "log2_ratio"),
     "cnv xena": ("cnv", xena(COPIES), COPIES, "as_given"),
-    "expression csv": ("expression", csv(TPM), TPM, "as_given"),
+    "expression csv": ("expression", csv(TPM, unit="RSEM"), TPM, "as_given"),
     "expression cbioportal": ("expression", cbioportal(TPM, "MRNA_EXPRESSION", "CONTINUOUS"), TPM, "as_given"),
     "expression xena": ("expression", xena(TPM, unit="TPM"), TPM, "tpm"),
 }
@@ -243,7 +243,12 @@ def test_expression_from_star_counts(tmp_path):
 @pytest.mark.parametrize(
     ("write", "words"),
     [
-        (csv(COPIES), r"2 values are negative, as -2 of GA for patient TCGA-05-0003"),
+        (csv(TPM), r"does not say what its values are, and molecular\.expression\.unit is not set(.|\n)*counts"),
+        (xena(TPM), r"does not say what its values are, and molecular\.expression\.unit is not set(.|\n)*TPM"),
+        (csv(LOG, unit="ln(TPM + 1)"), r"values in ln\(TPM \+ 1\) are no counts"),
+        (csv(LOG, unit="Log10 RSEM"), r"values in Log10 RSEM are no counts"),
+        (csv(LOG, unit="mRNA z-scores"), r"values in mRNA z-scores are no counts"),
+        (csv(COPIES, unit="TPM"), r"2 values are negative, as -1 of GC for patient TCGA-05-0001"),
         (xena(LOG, unit="log2(count+1)"), r"values in log2\(count\+1\) are no counts"),
         (cbioportal(COPIES, "MRNA_EXPRESSION", "CONTINUOUS"), "are negative"),
         (cbioportal(LOG, "MRNA_EXPRESSION", "Z-SCORE"), r"no profile of MRNA_EXPRESSION \(CONTINUOUS\)"),
@@ -257,7 +262,7 @@ def test_expression_refuses_what_is_no_amount(tmp_path, write, words):
 
 def test_expression_is_in_no_gene_group(tmp_path):
     (tmp_path / "g.gmt").write_text("one\tx\tGA\tGB\n")
-    table = csv(TPM)(tmp_path)
+    table = csv(TPM, unit="TPM")(tmp_path)
     groups = {"path": str(tmp_path / "g.gmt"), "min_genes": 1}
     settings = {"molecular": {"rna": table, "expression": table, "groups": groups}}
     out = {panel: tmp_path / f"{panel}.parquet" for panel in ("rna", "expression")}
@@ -267,6 +272,26 @@ def test_expression_is_in_no_gene_group(tmp_path):
     settings = {"molecular": {"expression": table, "groups": groups}}
     with pytest.raises(MorphomeError, match="no group has 1 gene with a column"):
         run_genes(settings=settings, panels_out={"expression": out["expression"]}, groups_out=tmp_path / "g.json")
+
+
+def test_own_table_takes_the_logarithm(tmp_path):
+    table = csv(TPM, unit="TPM")(tmp_path)
+    panel = read_panel("rna", {**table, "log2": True}, None)
+    np.testing.assert_allclose(panel.values, LOG.astype(np.float32), rtol=1e-6)
+    assert (panel.value_type, panel.unit) == ("log2_plus_1", "log2(TPM + 1)")
+    assert "rule_for_symbols" not in panel.notes  # columns are unique there
+    large = csv(TPM * 100, unit="TPM")(tmp_path)
+    with pytest.warns(MorphomeWarning, match=r"t\.tsv: values up to 3100 \(TPM\)(.|\n)*set molecular\.rna\.log2"):
+        read_panel("rna", large, None)
+    assert read_panel("rna", {**large, "unit": "z-score"}, None).value_type == "zscore"
+    assert read_panel("expression", large, None).value_type == "tpm"
+
+
+@pytest.mark.parametrize(("panel", "suffix"), [("rna", "_rnaseq"), ("cnv", "_cnv")])
+def test_published_z_scores_say_so(tmp_path, panel, suffix):
+    notes = read_panel(panel, porpoise(TPM, suffix)(tmp_path), None).notes
+    said = "z-scores as published, standardised over all patients of the source table, test folds included"
+    assert notes.get("rule_for_values") == (said if panel == "rna" else None)
 
 
 @pytest.mark.parametrize(

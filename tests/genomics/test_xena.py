@@ -7,14 +7,14 @@ import gzip
 import numpy as np
 import pytest
 
-from morphome.errors import MorphomeError
-from morphome.genomics.matrix import merge_symbols, value_type_of
+from morphome.errors import MorphomeError, MorphomeWarning
+from morphome.genomics.matrix import is_log, is_zscore, merge_symbols, value_type_of
 from morphome.genomics.sources import read_panel
 
 SAMPLES = "TCGA-05-0001-01A\tTCGA-05-0002-01A\tTCGA-05-0002-11A"
 ENSEMBL = (
     f"Ensembl_ID\t{SAMPLES}\nENSG01.4\t1\t2\t9\nENSG02.1\t3\tNA\t9\nENSG03.7\t1\t0\t9\nENSG01.4_PAR_Y\t5\t5\t5\n"
-    "N_unmapped\t7\t7\t7\n"
+    "N_unmapped\t7\t7\t7\n__no_feature\t8\t8\t8\n"
 )
 PROBES = "#id\tgene\tchrom\tchromStart\tchromEnd\tstrand\nENSG01.4\tGA\tchr1\t1\t2\t+\nENSG02.2\tGB\tchr1\t1\t2\t+\n"
 
@@ -34,11 +34,14 @@ def test_ensembl_ids_become_symbols_by_the_probe_map(tmp_path):
     assert panel.gene_ids == {"GA": "ENSG01.4;ENSG03.7", "GB": "ENSG02.1"}  # versions may differ
     assert panel.unit == "log2(count+1)" and panel.value_type == "as_given"
     assert panel.notes["left_out"] == {"sample type 11 (solid tissue normal)": 1}
-    assert panel.notes["rows_left_out"] == 2 and "ensembl_ids_without_symbol" not in panel.notes
+    assert panel.notes["rows_left_out"] == 3 and "ensembl_ids_without_symbol" not in panel.notes
 
 
 def test_ensembl_ids_stay_without_a_probe_map(tmp_path):
-    panel = read(tmp_path, ENSEMBL)
+    with pytest.warns(
+        MorphomeWarning, match=r"x\.tsv: 3 genes are named by Ensembl ids(.|\n)*molecular\.rna\.probemap"
+    ):
+        panel = read(tmp_path, ENSEMBL)
     assert panel.genes == ["ENSG01", "ENSG02", "ENSG03"] and panel.gene_ids["ENSG01"] == "ENSG01.4"
     assert panel.unit == "as given" and panel.notes["ensembl_ids_without_symbol"] == 3
     assert "molecular.rna.probemap" in panel.notes["gene_names"]
@@ -55,6 +58,25 @@ def test_both_orientations(tmp_path):
         panel = read(tmp_path, text)
         assert panel.patients == ["TCGA-05-0001", "TCGA-05-0002"] and panel.genes == ["GA", "GB"]
         np.testing.assert_array_equal(panel.values, np.float32([[1, 2], [3, np.nan]]))
+
+
+def test_logarithm_of_linear_values(tmp_path):
+    text = f"sample\t{SAMPLES}\nGA\t1\t3\t9\nGA\t2000\t0\t9\nGB\t0\t\t9\n"
+    panel = read(tmp_path, text, log2=True)  # the word of the configuration is enough: rows are summed
+    np.testing.assert_allclose(panel.values, np.float32([[np.log2(2002), 0], [2, np.nan]]), rtol=1e-6)
+    assert (panel.value_type, panel.unit) == ("log2_plus_1", "log2(x + 1)")
+    assert read(tmp_path, text, unit="TPM", log2=True).unit == "log2(TPM + 1)"
+    with pytest.warns(MorphomeWarning, match=r"values up to 1000\.5 \(no unit stated\)(.|\n)*molecular\.rna\.log2"):
+        panel = read(tmp_path, text)
+    assert panel.values[0].tolist() == [1000.5, 0]  # nothing says that these add up: the mean
+    linear = read(tmp_path, text, "expression", unit="TPM")
+    with pytest.warns(MorphomeWarning, match=r"up to 2001 \(TPM\)"):
+        np.testing.assert_array_equal(read(tmp_path, text, unit="TPM").values, linear.values)
+    assert linear.values[0].tolist() == [2001, 0]
+    assert read(tmp_path, text, unit="log10(RSEM + 1)").value_type == "as_given"  # says so: no warning
+    with pytest.raises(MorphomeError, match=r"log2 is set, but the values are in log10\(RSEM \+ 1\) already"):
+        read(tmp_path, text, unit="log10(RSEM + 1)", log2=True)
+    assert read(tmp_path, text.replace("2000", "1000"), log2=False).values[0].tolist() == [500.5, 0]
 
 
 def test_samples_of_other_projects_are_counted(tmp_path):
@@ -128,6 +150,24 @@ def test_gene_level_mutations(tmp_path):
 )
 def test_units(unit, value_type):
     assert value_type_of(unit) == value_type
+
+
+@pytest.mark.parametrize(
+    ("unit", "log", "zscore"),
+    [
+        *[
+            ("log2(TPM + 1)", True, False),
+            ("LOG10(x)", True, False),
+            ("ln(RPKM + 1)", True, False),
+            ("Ln", True, False),
+        ],
+        *[("log(counts)", True, False), ("log1p", True, False), ("mRNA, log-ratio", True, False)],
+        *[("RSEM_log2", True, False), ("lncRNA counts", False, False), ("from the catalogue", False, False)],
+        *[("TPM", False, False), ("mRNA z-Scores (RNA Seq)", False, True), ("zscores", False, True)],
+    ],
+)
+def test_words_for_logarithms_and_z_scores(unit, log, zscore):
+    assert (is_log(unit), is_zscore(unit)) == (log, zscore)
 
 
 @pytest.mark.parametrize(

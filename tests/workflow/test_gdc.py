@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-import re
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -83,7 +83,7 @@ def planted(tmp_path_factory):
 
 def configure(copy, server, **changes):
     gdc = {"projects": [PROJECT], "api": server.url, "folder": "files", **changes.pop("gdc", {})}
-    return copy.configure(**GDC, simulate=None, gdc=gdc, **changes)
+    return copy.configure(**{**GDC, "simulate": None, "gdc": gdc, **changes})
 
 
 def asked_for(server, file_ids):
@@ -129,36 +129,77 @@ def test_from_the_api_to_the_report_and_slides_deleted_on_the_way(planted, repos
         before = len(server.log)
         assert copy.jobs() == set()
         assert len(server.log) == before
-        # Slides are gone, yet a setting that needs their pixels brings them back; one that does not leaves them.
-        configure(
-            copy,
-            server,
-            gdc={"delete_slides": True, "data_release": "45.0"},
-            evaluation={"horizon_months": 18, "bootstrap": 10},
-        )
+        # Slides are gone. A setting that does not need their pixels leaves them where they are ...
+        options = {"delete_slides": True, "data_release": "45.0"}
+        configure(copy, server, gdc=options, evaluation={"horizon_months": 18, "bootstrap": 10})
         assert copy.jobs() == {"evaluate", "report"}
-        configure(copy, server, gdc={"delete_slides": True, "data_release": "45.0"}, tiling={"min_tissue": 0.7})
+        # ... and so does another question to the GDC that has the same slides for an answer.
+        molecular = {key: table for key, table in GDC["molecular"].items() if key != "mut"}
+        configure(copy, server, gdc=options, molecular=molecular)
+        before = asked_for(server, slides)
+        done = copy.snakemake("--configfile", "small.yaml")
+        assert done.returncode == 0, done.stdout[-6000:]
+        assert asked_for(server, slides) == before
+        assert "mut" not in json.loads((root / "gdc" / "query.json").read_text())["kinds"]
+        # One that needs them brings them back, in other groups too.
+        more = {"tiling": {"min_tissue": 0.7}, "slides": {**GDC["slides"], "per_job": 9}}
+        configure(copy, server, gdc=options, molecular=molecular, **more)
         again = copy.jobs()
-        groups = -(-len(slides) // 5)
         assert {job for job in again if job.startswith("fetch_slides")} == {
-            f"fetch_slides {n}" for n in range(1, groups + 1)
+            f"fetch_slides {n}" for n in range(1, -(-len(slides) // 9) + 1)
         }
-        assert "manifest" not in again
-        assert "fetch_tables" not in again
-
-
-def test_files_on_disk_are_used_where_they_are(planted, repository, tmp_path):
-    folder, plan, served = planted
-    copy = Checkout(repository, tmp_path / "checkout")
-    slides = [slide.file_id for slide in plan.slides]
-    with gdc_server.GdcServer(*served) as server:
-        configure(copy, server, gdc={"have": [str(folder / "slides")]})
+        assert not {"manifest", "fetch_tables"} & again
         done = copy.snakemake("--configfile", "small.yaml", "--until", "collect")
         assert done.returncode == 0, done.stdout[-6000:]
-        assert set(asked_for(server, slides).values()) == {0}
-        made = json.loads(next((copy.folder / "results/small/tiles").glob("*/jobs/1.json")).read_text())
-        assert set(made["slides"]) <= {slide.slide_id for slide in plan.slides}
-        assert re.search(r"tile\s+\d", copy.snakemake("-n", "--configfile", "small.yaml").stdout) is None
+        assert not list(copy.folder.rglob("*.svs"))
+
+
+def test_a_server_that_is_away_costs_no_list(planted, repository, tmp_path):
+    _, _, served = planted
+    copy = Checkout(repository, tmp_path / "checkout")
+    with gdc_server.GdcServer(*served) as server:
+        configure(copy, server)
+        listed = "results/small/gdc/manifest.tsv"
+        assert copy.snakemake("--configfile", "small.yaml", "--cores", "1", listed).returncode == 0
+        content = (copy.folder / listed).read_bytes()
+        server.faults["/status"] = ["404", "always"]
+        configure(copy, server, gdc={"data_release": "45.0"})
+        assert copy.snakemake("--configfile", "small.yaml", "--cores", "1", listed).returncode != 0
+        assert (copy.folder / listed).read_bytes() == content
+
+
+def test_files_on_disk_are_used_where_they_are_and_never_deleted(planted, repository, tmp_path):
+    folder, plan, served = planted
+    copy = Checkout(repository, tmp_path / "checkout")
+    slides = {slide.file_name: slide.file_id for slide in plan.slides}
+    mine, first = copy.folder / "files" / "mine", plan.slides[0]
+    shutil.copytree(folder / "slides", mine)
+    place = copy.folder / "files" / first.file_id
+    place.mkdir()
+    (mine / first.file_name).rename(place / first.file_name)  # as gdc-client would have left it
+    with gdc_server.GdcServer(*served) as server:
+        configure(copy, server, gdc={"have": ["files/mine"], "delete_slides": True})
+        done = copy.snakemake("--configfile", "small.yaml", "--until", "collect")
+        assert done.returncode == 0, done.stdout[-6000:]
+        assert set(asked_for(server, slides.values()).values()) == {0}
+    audit = pd.read_parquet(next((copy.folder / "results/small/features").glob("*/audit.parquet")))
+    assert len(audit) == len(slides)
+    assert {path.name for path in mine.iterdir()} | {first.file_name} == set(slides)
+    assert (place / first.file_name).exists()
+
+
+def test_everything_that_needs_a_network_can_be_fetched_first(planted, repository, tmp_path):
+    _, plan, served = planted
+    copy = Checkout(repository, tmp_path / "checkout")
+    with gdc_server.GdcServer(*served) as server:
+        configure(copy, server)
+        done = copy.snakemake("downloads", "--configfile", "small.yaml")
+        assert done.returncode == 0, done.stdout[-6000:]
+        assert {path.name for path in (copy.folder / "files").rglob("*.svs")} == {s.file_name for s in plan.slides}
+    # The server is gone; the rest needs nobody.
+    jobs = copy.jobs()
+    assert not [job for job in jobs if job.startswith(("fetch", "manifest"))]
+    assert [job for job in jobs if job.startswith("tile")]
 
 
 def test_a_server_that_stays_away_is_one_message_and_leaves_nothing(planted, repository, tmp_path):

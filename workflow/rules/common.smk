@@ -20,12 +20,15 @@ from morphome.steps import code_hash, mask_file, step_key, write_resolved
 from morphome.workflow import (
     external_feature_files,
     fetched_weights,
+    gdc_kinds,
     molecular_files,
     pinned_files,
+    published_inputs,
     run_folders,
     simulated_files,
     slide_jobs,
     slide_paths,
+    slides_from_gdc,
     split_files,
 )
 
@@ -33,7 +36,7 @@ from morphome.workflow import (
 @functools.cache
 def slides():
     """File of every slide; with the GDC, once it has been asked which slides there are."""
-    if "gdc" in CONFIG:
+    if slides_from_gdc(CONFIG):
         checkpoints.manifest.get()
     return told(slide_paths, CONFIG)
 
@@ -57,7 +60,7 @@ for file in workflow.configfiles:
 CONFIG = told(check_config, config)
 PATHS = told(Paths, CONFIG)
 told(getattr, PATHS, "feature_folder")  # the encoder's weights are known
-if "gdc" not in CONFIG:
+if not slides_from_gdc(CONFIG):
     slides()
 
 RESOLVED = write_resolved(CONFIG)
@@ -93,7 +96,7 @@ def slides_of_job(wildcards):
 
 def slide_files(wildcards):
     """What says that the slides of a job are there: the slides, or the list of those that were fetched."""
-    if "gdc" in CONFIG:
+    if slides_from_gdc(CONFIG):
         return PATHS.fetched(f"slides_{wildcards.job}")
     return [slides()[slide] for slide in slides_of_job(wildcards)]
 

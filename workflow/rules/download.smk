@@ -1,3 +1,19 @@
+# Everything that needs a network and nothing else: `snakemake --configfile FILE --cores 4 downloads`.
+rule downloads:
+    input:
+        published_inputs(CONFIG),
+        [PATHS.fetched(kind) for kind in gdc_kinds(CONFIG) if kind != "slides"],
+        lambda wildcards: (
+            [PATHS.fetched(f"slides_{job}") for job in range(1, len(jobs()) + 1)]
+            if slides_from_gdc(CONFIG)
+            else []
+        ),
+        PATHS.weights if fetched_weights(CONFIG) else [],
+    localrule: True
+    message:
+        "downloads: all is here"
+
+
 # Files that others published, each with its checksum: TCGA-CDR, gene sets.
 rule published:
     output:
@@ -23,7 +39,8 @@ if "gdc" in CONFIG:
         input:
             pinned_files(CONFIG),
         output:
-            PATHS.gdc_tables,
+            # A GDC that is away when it is asked again must not cost the list that is there.
+            [update(str(table)) for table in PATHS.gdc_tables],
         log:
             PATHS.log("manifest"),
         priority: 100
@@ -39,8 +56,8 @@ if "gdc" in CONFIG:
         shell:
             "morphome manifest > {log:q} 2>&1"
 
-    # `--resources network=8 mb_per_second=100` limits all downloads together, `--set-resources
-    # fetch_slides:mb_per_second=20` one of them; 0 is no limit.
+    # `--set-resources fetch_slides:mb_per_second=20` limits one download (0 is no limit), `--resources gpu=1 network=4
+    # mb_per_second=80` all of them together.
     rule fetch_tables:
         input:
             PATHS.gdc_manifest,
@@ -61,11 +78,11 @@ if "gdc" in CONFIG:
 
     # The list of a job's slides, not the slides themselves: these may lie in another folder, and be shared by runs.
     # Where slides are deleted once they are encoded, the list is temporary, so that Snakemake fetches them again when a
-    # changed setting needs their pixels.
+    # changed setting needs their pixels. Other slides in the manifest are no reason to fetch these again.
     rule fetch_slides:
         input:
-            PATHS.gdc_manifest,
-            PATHS.gdc_sheet,
+            ancient(PATHS.gdc_manifest),
+            ancient(PATHS.gdc_sheet),
         output:
             (
                 temp(PATHS.fetched("slides_{job}"))
@@ -79,6 +96,8 @@ if "gdc" in CONFIG:
         resources:
             network=1,
             mb_per_second=0,
+        params:
+            slides=slides_of_job,
         message:
             "fetch_slides {wildcards.job}"
         shell:

@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from morphome.cohort.barcode import site_of
 from morphome.cohort.clinical_cbioportal import read_cbioportal
 from morphome.cohort.clinical_cdr import read_cdr, read_xena
 from morphome.cohort.clinical_gdc import read_gdc
@@ -38,7 +37,7 @@ from morphome.cohort.clinical_shape import (
     time_zero,
     why_missing,
 )
-from morphome.cohort.institutions import institution_of
+from morphome.cohort.institutions import sites
 from morphome.cohort.slide_sheet import few_names
 from morphome.cohort.tables import one_row_per_patient, read_porpoise, read_text_table
 from morphome.cohort.values import convert, grade_of, is_missing, not_understood, sex_of, stage_of, word_of
@@ -96,7 +95,7 @@ def read_clinical(
     elif format_name == "cbioportal":
         found = read_cbioportal(path, wanted, types)
     elif format_name == "xena":
-        found = read_xena(path, wanted, types)
+        found = read_xena(path, endpoint, types)
     else:
         found = _read_csv(path, endpoint, time_unit, outcome, types)
     table = found.table
@@ -183,7 +182,7 @@ def _read_csv(path: Path, endpoint: str, time_unit: str, outcome: bool, types: S
     notes: dict[str, Any] = {"rows": len(raw), **of_types}
     if outcome:
         columns["time_months"] = months(numbers(raw, "time", path, "patient_id"), time_unit, path, notes)
-        columns["event"] = events(raw, "event", path, "patient_id", vital=endpoint == "OS")
+        columns["event"] = events(raw, "event", path, "patient_id", reading="vital" if endpoint == "OS" else "numbers")
         columns["why"] = why_missing(raw, "event", "time")
         notes["time_zero"] = "as the own table has it"
     if "age" in raw:
@@ -202,10 +201,7 @@ def _read_csv(path: Path, endpoint: str, time_unit: str, outcome: bool, types: S
     if "histology" in raw:
         columns["histology"] = raw["histology"].map(word_of)
     if "institution" in raw:
-        columns["institution"] = [
-            None if is_missing(cell) else institution_of(site_of(str(patient)), cell)
-            for patient, cell in zip(raw["patient_id"], raw["institution"], strict=True)
-        ]
+        columns["site"] = sites(raw["patient_id"], raw["institution"])
     table = shape(raw["patient_id"], **columns)
     if "site" in raw:
         table["site"] = [word_of(cell) or fallback for cell, fallback in zip(raw["site"], table["site"], strict=True)]

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from morphome.cohort.barcode import site_of
 from morphome.cohort.clinical_shape import (
-    DIAGNOSIS,
     ClinicalTable,
+    events,
     first_of,
     keep_types,
     numbers,
@@ -23,10 +22,9 @@ from morphome.cohort.clinical_shape import (
     time_zero,
     why_missing,
 )
-from morphome.cohort.institutions import institution_of
-from morphome.cohort.slide_sheet import few_names
-from morphome.cohort.tables import header_of, read_bytes
-from morphome.cohort.values import convert, grade_of, is_missing, sex_of, status_of, word_of
+from morphome.cohort.institutions import sites
+from morphome.cohort.tables import header_of, read_bytes, read_facts
+from morphome.cohort.values import convert, grade_of, is_missing, sex_of, word_of
 from morphome.errors import MorphomeError
 
 #: Our name of an end point and the portal's, in the order of preference.
@@ -76,7 +74,7 @@ def read_cbioportal(path: Path, endpoint: str | None, types: Sequence[str] | Non
     names = first_of(_COLUMNS, raw)
     raw, found_types, of_types = keep_types(raw, names["type"], types, patients_file, "cbioportal")
     columns: dict[str, Any] = {}
-    start = DIAGNOSIS
+    start = "not stated"
     if endpoint:
         name = next((n for n in _ENDPOINTS[endpoint] if {f"{n}_STATUS", f"{n}_MONTHS"} <= set(raw)), None)
         if name is None:
@@ -89,7 +87,8 @@ def read_cbioportal(path: Path, endpoint: str | None, types: Sequence[str] | Non
                 "choose another cohort.endpoint, or cohort.clinical.format tcga_cdr",
             )
         status, time = f"{name}_STATUS", f"{name}_MONTHS"
-        columns["event"] = _statuses(raw, status, patients_file)
+        columns["event"] = events(raw, status, patients_file, _ID, "1:… for an event and 0:… for none", "status")
+        notes["end_point_columns"] = f"{endpoint} from {status} and {time}"
         columns["time_months"] = numbers(raw, time, patients_file, _ID)
         columns["why"] = why_missing(raw, status, time)
         said = part.words.get(time, "")
@@ -106,10 +105,7 @@ def read_cbioportal(path: Path, endpoint: str | None, types: Sequence[str] | Non
     table = shape(
         raw[_ID],
         **columns,
-        institution=[
-            None if is_missing(cell) else institution_of(site_of(str(patient)), cell)
-            for patient, cell in zip(raw[_ID], column("site_name"), strict=True)
-        ],
+        site=sites(raw[_ID], column("site_name")),
         age_years=numbers(raw, names["age"], patients_file, _ID) if names["age"] else np.nan,
         sex=column("sex").map(sex_of),
         stage=stage,
@@ -123,8 +119,7 @@ def read_cbioportal(path: Path, endpoint: str | None, types: Sequence[str] | Non
 def _find(folder: Path, datatype: str) -> Path | None:
     """The clinical file of a study: what a ``meta_*.txt`` of this datatype names, else the usual file name."""
     for meta in sorted(folder.glob("meta_*.txt")):
-        lines = meta.read_text(encoding="utf-8", errors="replace").splitlines()
-        said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        said = read_facts(meta)
         if said.get("datatype") == datatype and said.get("data_filename"):
             # Only the last part: a study's files lie beside its meta files.
             file = folder / Path(said["data_filename"]).name
@@ -171,17 +166,3 @@ def _with_samples(people: pd.DataFrame, samples: pd.DataFrame, path: Path, notes
     notes["sample_cells_that_differ"] = {n: int(c) for n, c in cells.nunique().gt(1).sum().items() if c}
     joined = first.reindex(people[_ID])
     return people.assign(**{name: joined[name].to_numpy(object) for name in more})
-
-
-def _statuses(raw: pd.DataFrame, name: str, path: Path) -> pd.Series:
-    values = np.full(len(raw), np.nan)
-    for row, cell in enumerate(raw[name]):
-        try:
-            values[row] = status_of(cell)
-        except ValueError:
-            raise MorphomeError(
-                f"{path}: '{cell}' in column '{name}' (patient {raw[_ID].iloc[row]}) is not a status of cBioPortal; "
-                f"found: {few_names(sorted(set(map(str, raw[name]))))}",
-                "write 1:… for an event and 0:… for none, as 1:DECEASED and 0:LIVING",
-            ) from None
-    return pd.Series(values, index=raw.index)

@@ -56,26 +56,20 @@ def read_cdr(path: Path, endpoint: str | None, types: Sequence[str] | None) -> C
     return found
 
 
-def read_xena(path: Path, endpoint: str | None, types: Sequence[str] | None) -> ClinicalTable:
+def read_xena(path: Path, endpoint: str, types: Sequence[str] | None) -> ClinicalTable:
     """One row per sample (``sample``, ``_PATIENT``, ``OS``, ``OS.time`` in days ...); a patient's rows must agree."""
     raw = read_text_table(path, "xena")
     if _XENA_PATIENT not in raw:
         require_columns(raw, [_XENA_SAMPLE], path, "xena", "take a survival table of a Xena hub")
         raw[_XENA_PATIENT] = [_patient_of(sample, path) for sample in raw[_XENA_SAMPLE]]
     time = f"{endpoint}.time"
-    if endpoint:
-        has = [name for name in ("OS", "DSS", "DFI", "PFI") if name in raw and f"{name}.time" in raw]
-        require_columns(raw, [endpoint, time], path, "xena", f"this table has the end points {', '.join(has) or '-'}")
-    elif not set(_COVARIATE_COLUMNS) & set(raw):
-        raise MorphomeError(
-            f"{path}: none of the columns {', '.join(_COVARIATE_COLUMNS)} (xena)",
-            "take the table of all cancers (Survival_SupplementalTable_S1), which has them, or another format",
-        )
+    has = [name for name in ("OS", "DSS", "DFI", "PFI") if name in raw and f"{name}.time" in raw]
+    require_columns(raw, [endpoint, time], path, "xena", f"this table has the end points {', '.join(has) or '-'}")
     raw, found_types, notes = keep_types(raw, _XENA_TYPE if _XENA_TYPE in raw else None, types, path, "xena")
     if raw[_XENA_PATIENT].map(is_missing).any():
         raise MorphomeError(f"{path}: a row has no patient id ({_XENA_PATIENT})", "fill the id or remove the row")
     grouped = raw.map(lambda cell: None if is_missing(cell) else cell).groupby(_XENA_PATIENT, sort=True)
-    for name in (endpoint, time) if endpoint else ():
+    for name in (endpoint, time):
         # As numbers: 365 and 365.0 are one time.
         values = numbers(raw, name, path, _XENA_PATIENT) if name == time else events(raw, name, path, _XENA_PATIENT)
         clash = values.groupby(raw[_XENA_PATIENT]).nunique().gt(1)
@@ -132,7 +126,7 @@ def _from_cdr_columns(
     table = shape(
         raw[ids],
         **columns,
-        institution=[places.get(site_of(str(patient))) for patient in raw[ids]],
+        site=[places.get(code, code) for code in map(site_of, raw[ids].map(str))],
         age_years=numbers(raw, _AGE, path, ids),
         sex=raw[_SEX].map(sex_of),
         stage=stage,

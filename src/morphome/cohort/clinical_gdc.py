@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from morphome.cohort.barcode import site_of
 from morphome.cohort.clinical_shape import ClinicalTable, first_of, keep_types, numbers, shape, stages, time_zero
-from morphome.cohort.institutions import institution_of
+from morphome.cohort.institutions import sites
 from morphome.cohort.tables import read_text_table
 from morphome.cohort.values import DAYS_PER_MONTH, DAYS_PER_YEAR, convert, grade_of, is_missing, sex_of, word_of
 from morphome.errors import MorphomeError
@@ -41,6 +40,10 @@ _NEEDED = ("patient_id", "vital", "death", "contact")
 _OF_DIAGNOSIS = (
     *("age_days", "stage_pathologic", "stage_figo", "stage_clinical", "grade", "grade_cns"),
     "histology",
+)
+_NO_VISITS = (
+    "the table has no column of follow-up visits (follow_ups.days_to_follow_up); the time of the living ends at the "
+    "last contact of their diagnoses, which may be earlier"
 )
 _TIME_ZERO = "the case's index date, for TCGA the initial pathological diagnosis"
 
@@ -95,10 +98,7 @@ def read_gdc(path: Path, types: Sequence[str] | None) -> ClinicalTable:
         first.index.to_series(),
         time_months=days / DAYS_PER_MONTH,
         event=pd.Series(np.select([dead, alive], [1.0, 0.0], np.nan), index=first.index),
-        institution=[
-            None if is_missing(name) else institution_of(site_of(str(patient)), name)
-            for patient, name in first["site_name"].items()
-        ],
+        site=sites(first.index, first["site_name"]),
         age_years=age,
         sex=first["sex"].map(sex_of),
         stage=stage,
@@ -113,5 +113,7 @@ def read_gdc(path: Path, types: Sequence[str] | None) -> ClinicalTable:
     )
     words = {"stage_words_without_number": lost_stage, "grade_words_without_number": lost_grade}
     notes["patients_with_unlike_diagnoses"] = int(unlike.sum())  # the first row's cell that says something counts
+    if names["visit"] is None:
+        notes["no_follow_up_column"] = _NO_VISITS
     notes = {"rows": len(rows), **notes, "time_zero": time_zero(found_types, _TIME_ZERO), **words}
     return ClinicalTable(table.reset_index(drop=True), notes=notes)

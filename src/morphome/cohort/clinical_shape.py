@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pandas as pd
 
 from morphome.cohort.barcode import site_of
 from morphome.cohort.slide_sheet import few_names
-from morphome.cohort.values import DAYS_PER_MONTH, convert, event_of, is_missing, number, stage_of
+from morphome.cohort.values import DAYS_PER_MONTH, convert, event_of, is_missing, number, stage_of, status_of
 from morphome.errors import MorphomeError, MorphomeWarning
 
 COVARIATES = ("age_years", "sex", "stage", "grade")
@@ -25,6 +26,12 @@ LATE_SAMPLES = {"SKCM": "most samples of SKCM are metastases, taken after that d
 #: Times beyond this, given as months, are days; a longest time below this, given as days, may be months.
 _MOST_MONTHS, _LEAST_DAYS = 600, 200
 _PROJECT_PREFIX = "TCGA-"
+#: How the cells of an event column are read, and what the remedy of :func:`events` says of it.
+_READINGS: dict[str, tuple[Callable[[object], float], str]] = {
+    "numbers": (event_of, "TRUE/FALSE are read as well"),
+    "vital": (partial(event_of, vital=True), "TRUE/FALSE, Dead/Alive and 1:DECEASED/0:LIVING are read as well"),
+    "status": (status_of, "with the words of cBioPortal behind the number, as 1:DECEASED and 0:LIVING"),
+}
 
 
 @dataclass
@@ -33,10 +40,9 @@ class ClinicalTable:
 
     Attributes:
         table: one row per patient, sorted by ``patient_id``: ``site`` (the institution where it is known, else the
-            code in the barcode), ``institution`` (None when unknown), ``time_months`` (NaN when missing, may be
-            <= 0), ``event`` (0, 1, NaN), ``age_years``, ``sex``, ``stage``, ``grade``, ``histology``,
-            ``redacted`` (bool), ``why`` (why event or time is missing; may be empty), ``records`` (int64, rows of
-            the source that were joined into this patient).
+            code in the barcode), ``time_months`` (NaN when missing, may be <= 0), ``event`` (0, 1, NaN),
+            ``age_years``, ``sex``, ``stage``, ``grade``, ``histology``, ``redacted`` (bool), ``why`` (why event or
+            time is missing; may be empty), ``records`` (int64, rows of the source that were joined into this patient).
         slides: ``slide_id``, ``patient_id`` where the source lists slides, else None.
         notes: counts for the reader (words of stage and grade that gave no number ...), ``time_zero`` among them.
     """
@@ -56,7 +62,6 @@ def shape(ids: pd.Series, **columns: Any) -> pd.DataFrame:
     ids = ids.astype(object).map(lambda cell: str(cell).strip())
     empty: dict[str, Any] = {
         "site": [site_of(patient) for patient in ids],
-        "institution": None,
         **dict.fromkeys(("time_months", "event", "age_years", "stage", "grade"), np.nan),
         **dict.fromkeys(("sex", "histology"), None),
         "redacted": False,
@@ -64,11 +69,10 @@ def shape(ids: pd.Series, **columns: Any) -> pd.DataFrame:
         "records": np.int64(1),
     }
     table = pd.DataFrame({"patient_id": ids, **empty, **columns})
-    for name in ("institution", "sex", "histology"):
+    for name in ("site", "sex", "histology"):
         cells = [None if cell is None or cell != cell else cell for cell in table[name]]
         table[name] = pd.Series(cells, dtype=object, index=table.index)
-    known = [place or code for place, code in zip(table["institution"], table["site"], strict=True)]
-    return table.assign(site=pd.Series(known, dtype=object, index=table.index))
+    return table
 
 
 def numbers(table: pd.DataFrame, name: str, path: Path, ids: str) -> pd.Series:
@@ -86,18 +90,28 @@ def numbers(table: pd.DataFrame, name: str, path: Path, ids: str) -> pd.Series:
 
 
 def events(
-    table: pd.DataFrame, name: str, path: Path, ids: str, code: str = "1 = happened, 0 = censored", vital: bool = False
+    table: pd.DataFrame,
+    name: str,
+    path: Path,
+    ids: str,
+    code: str = "1 = happened, 0 = censored",
+    reading: str = "numbers",
 ) -> pd.Series:
-    """Column of 0, 1 and NaN (see :func:`event_of`); anything else is an error whose remedy is ``code``."""
+    """Column of 0, 1 and NaN; anything else is an error whose remedy is ``code``.
+
+    Args:
+        reading: ``numbers`` (:func:`event_of`), ``vital`` (words of the vital status too) or ``status``
+            (:func:`status_of`).
+    """
+    rule, more = _READINGS[reading]
     values = np.full(len(table), np.nan)
     for row, cell in enumerate(table[name]):
         try:
-            values[row] = event_of(cell, vital)
+            values[row] = rule(cell)
         except ValueError:
-            more = "; TRUE/FALSE" + (", Dead/Alive and 1:DECEASED/0:LIVING" if vital else "") + " are read as well"
             raise MorphomeError(
                 f"{path}: '{cell}' in column '{name}' (patient {table[ids].iloc[row]}) is not 0 or 1",
-                f"code as {code}{more}",
+                f"code as {code}; {more}",
             ) from None
     return pd.Series(values, index=table.index)
 

@@ -59,8 +59,8 @@ def fill_covariates(patients: pd.DataFrame, covariates: ClinicalTable) -> tuple[
     """Age, sex, stage and grade of ``covariates`` put over those of ``patients``, joined by ``patient_id``.
 
     A value of the second table wins, a missing one leaves what was there; nobody is dropped. The same holds for its
-    ``institution`` and ``site``: a table that names each patient's institution joins the several site codes that one
-    hospital may have. A second table that knows no more than the code in the barcode leaves the site as it was.
+    ``site``: a table that names each patient's institution joins the several site codes that one hospital may have. A
+    second table that knows no more than the code in the barcode leaves the site as it was.
 
     Returns:
         table; notes with ``matched``, ``unmatched`` (ids) and per column ``filled`` (was missing) and
@@ -97,10 +97,9 @@ def fill_covariates(patients: pd.DataFrame, covariates: ClinicalTable) -> tuple[
             else merged.astype(np.float64)
         )
     code = np.array([site_of(patient) for patient in patients["patient_id"]], object)
-    place, site, old = (t.to_numpy(object) for t in (second["institution"], second["site"], patients["site"]))
+    site, old = second["site"].to_numpy(object), patients["site"].to_numpy(object)
     given = ~pd.isna(site) & (site != "unknown") & (site != code) & (site != old)
     out["site"] = np.where(given, site, old)
-    out["institution"] = np.where(pd.isna(place), patients["institution"].to_numpy(object), place)
     notes["sites_given"] = int(given.sum())
     return out, notes
 

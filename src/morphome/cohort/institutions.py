@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
 import yaml
 
+from morphome.cohort.barcode import site_of
 from morphome.cohort.values import is_missing
 from morphome.errors import MorphomeError
 
@@ -36,27 +38,19 @@ def institution_of(code: str, name: object) -> str:
     return _aliases().get(_key(text), text)
 
 
-def institutions(path: Path) -> dict[str, str]:
-    """Institution of every site code, from the sheet ``TSS_Info`` of TCGA-CDR (Liu et al. 2018, Table S1).
-
-    Raises:
-        MorphomeError: naming the file, when it cannot be read or the sheet is not there.
-    """
-    try:
-        sheet = pd.read_excel(path, sheet_name=CDR_SITES_SHEET, header=None, dtype=object, keep_default_na=False)
-    except FileNotFoundError:
-        raise MorphomeError(f"{path}: file not found (site names)", "check the path") from None
-    except (ValueError, OSError, KeyError) as error:
-        raise MorphomeError(
-            f"{path}: sheet '{CDR_SITES_SHEET}' cannot be read: {error}", "take TCGA-CDR-SupplementalTableS1.xlsx"
-        ) from None
-    return institutions_of_sheet(sheet, path)
+def sites(patients: Iterable[object], names: Iterable[object]) -> list[str]:
+    """Site of every patient: the institution that the source names, else the code in the barcode."""
+    return [institution_of(site_of(str(patient)), name) for patient, name in zip(patients, names, strict=True)]
 
 
 def institutions_of_sheet(sheet: pd.DataFrame, path: Path) -> dict[str, str]:
-    """As :func:`institutions`, from the cells of the sheet read without a header.
+    """Institution of every site code, from the sheet ``TSS_Info`` of TCGA-CDR (Liu et al. 2018, Table S1).
 
     The header stands a few lines below the top and is looked for. Codes that Excel made numbers get their zero back.
+
+    Args:
+        sheet: its cells, read without a header.
+        path: the book, for messages.
 
     Raises:
         MorphomeError: no header line, or one code with two institutions.

@@ -17,6 +17,7 @@ from morphome.cohort.slide_sheet import (
     SlideRow,
     check_slide_id,
     choose_slide,
+    prefer_samples,
     read_slide_sheet,
     slide_from_id,
 )
@@ -30,7 +31,9 @@ PATIENT_COLUMNS = (
 )
 
 
-def run_cohort(*, settings: Mapping[str, Any], patients_out: Path, slides_out: Path, flow_out: Path) -> None:
+def run_cohort(
+    *, settings: Mapping[str, Any], patients_out: Path, slides_out: Path, flow_out: Path, on_demand: bool = False
+) -> None:
     """Read outcomes and slides, join them by patient, and write the manifest.
 
     Args:
@@ -39,6 +42,9 @@ def run_cohort(*, settings: Mapping[str, Any], patients_out: Path, slides_out: P
             months, event 1 = happened, age in years, stage and grade 1-4.
         slides_out: ``morphome.slides``: every slide seen, included or not, with the reason.
         flow_out: ``morphome.flow``: the steps from all patients to those included, and the sources.
+
+        on_demand: slides are fetched after this step, and may be deleted once they are encoded: what the sheet lists
+            counts as found.
 
     Raises:
         MorphomeError: an input that cannot be read (named), nobody left, or fewer events than
@@ -56,6 +62,11 @@ def run_cohort(*, settings: Mapping[str, Any], patients_out: Path, slides_out: P
     )
     sources = [source_note("clinical", source, clinical)]
     patients, steps = drop_unusable(clinical)
+    if patients.empty:
+        raise MorphomeError(
+            f"{source['path']}: no patient has a usable outcome ({cohort['endpoint']}){_losses(steps)}",
+            "choose another end point (cohort.endpoint), or another table (cohort.clinical)",
+        )
     if "covariates" in cohort:
         second = cohort["covariates"]
         extra = read_clinical(second["format"], Path(second["path"]), outcome=False)
@@ -63,8 +74,7 @@ def run_cohort(*, settings: Mapping[str, Any], patients_out: Path, slides_out: P
         sources.append({**source_note("covariates", cohort["covariates"], extra), **notes})
 
     chosen, left_out, origin = _list_slides(settings, clinical, external)
-    # Slides of the GDC are fetched after this step, and may be deleted once they are encoded: the list is what counts.
-    on_disk = not external and "gdc" not in settings
+    on_disk = not external and not on_demand
     slides = _slide_table(chosen, left_out, on_disk)
     slide_steps = _join(slides, patients, clinical, steps, check_files=on_disk)
     if origin is not None:
@@ -80,7 +90,9 @@ def run_cohort(*, settings: Mapping[str, Any], patients_out: Path, slides_out: P
         if patients.empty:
             raise MorphomeError(
                 f"no patient of {source['path']} has a slide: {_example(clinical.table['patient_id'])} in the "
-                f"clinical table, {_example(slides['patient_id'])} with slides" + _commonest_reason(slides),
+                f"clinical table, {_example(slides['patient_id'])} with slides"
+                + _commonest_reason(slides)
+                + _losses(steps),
                 "check that both name patients in the same way (slides.sheet, cohort.clinical.path) and that "
                 "slides.folder is right",
             )
@@ -181,6 +193,7 @@ def _list_slides(
     else:
         return [], [], None
     origin = {"role": "slides", "path": where}
+    rows = prefer_samples(rows, cohort["sample_types"])
     return [row for row in rows if not row.reason], [row for row in rows if row.reason], origin
 
 

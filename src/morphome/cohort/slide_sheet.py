@@ -175,7 +175,7 @@ def read_slide_sheet(
                 "set slides.folder to the folder that gdc-client filled",
             )
         rows = [row for row in rows if row.get("Data Type", _SLIDE_IMAGE).lower() == _SLIDE_IMAGE]
-        slides = [_gdc_slide(row, sheet, folder, codes) for row in rows]
+        slides = prefer_samples([_gdc_slide(row, sheet, folder, codes) for row in rows], codes)
     else:
         needed = ["slide_id", "patient_id", *(["path"] if require_path else [])]
         if missing := [name for name in needed if name not in header]:
@@ -306,6 +306,25 @@ def choose_slide(slide: SlideRow, codes: Sequence[str] = TUMOUR_CODES) -> SlideR
     if not reason and slide.sample_type.isdigit() and slide.sample_type not in codes:
         reason = f"sample type {sample_name(slide.sample_type)}"
     return replace(slide, reason=reason)
+
+
+def prefer_samples(slides: Sequence[SlideRow], codes: Sequence[str] = TUMOUR_CODES) -> list[SlideRow]:
+    """The same slides; of a patient who has several kinds of tumour samples only the first of ``codes`` stays chosen.
+
+    Molecular files follow the same order, so slides and genes are of the same kind of sample.
+    """
+    best: dict[str, int] = {}
+    for slide in slides:
+        if not slide.reason and slide.sample_type in codes:
+            rank = codes.index(slide.sample_type)
+            best[slide.patient_id] = min(rank, best.get(slide.patient_id, rank))
+    out = []
+    for slide in slides:
+        first = codes[best[slide.patient_id]] if slide.patient_id in best else slide.sample_type
+        if not slide.reason and slide.sample_type in codes and slide.sample_type != first:
+            slide = replace(slide, reason=f"sample type {sample_name(slide.sample_type)}, the patient has {first}")
+        out.append(slide)
+    return out
 
 
 def slide_from_id(slide_id: str, patient_id: str, path: str = "") -> SlideRow:

@@ -54,6 +54,13 @@ def read_bytes(path: Path, setting: str) -> bytes:
     return raw
 
 
+def read_facts(path: Path) -> dict[str, str]:
+    """``key: value`` lines, as the meta files, case lists and gene panels of cBioPortal have them; "#": a remark."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    pairs = (line.partition(":") for line in lines if not line.startswith("#"))
+    return {key.strip(): value.strip() for key, _, value in pairs if value.strip()}
+
+
 def header_of(raw: bytes, path: Path, setting: str) -> tuple[list[str], str]:
     """Column names and delimiter of a table (a tab in the header line decides), after a check of all its text.
 

@@ -50,8 +50,8 @@ def refused(file: RemoteFile, answer: httpx.Response) -> MorphomeError:
     remedy = {
         401: "only files that are open to everyone can be fetched; leave this one out",
         403: "only files that are open to everyone can be fetched; leave this one out (or your proxy refuses it)",
-        404: "the file was withdrawn or replaced: make the list of files anew",
-        410: "the file was withdrawn or replaced: make the list of files anew",
+        404: "the file was withdrawn or replaced: delete gdc/manifest.tsv of the run, so that the GDC is asked again",
+        410: "the file was withdrawn or replaced: delete gdc/manifest.tsv of the run, so that the GDC is asked again",
     }
     return MorphomeError(
         f"{file.name}: {file.url}: the server answers {answer.status_code}: {server_message(answer)}",

@@ -22,7 +22,8 @@ _CASE = (
 _DIAGNOSIS = (
     *("diagnosis_id", "diagnosis_is_primary_disease", "classification_of_tumor", "days_to_diagnosis"),
     *("age_at_diagnosis", "days_to_last_follow_up", "ajcc_pathologic_stage", "ajcc_clinical_stage", "figo_stage"),
-    *("tumor_grade", "primary_diagnosis", "morphology", "tissue_or_organ_of_origin", "year_of_diagnosis"),
+    *("tumor_grade", "who_cns_grade", "primary_diagnosis", "morphology", "tissue_or_organ_of_origin"),
+    "year_of_diagnosis",
 )
 _FOLLOW_UP = ("days_to_follow_up",)
 FIELDS = (

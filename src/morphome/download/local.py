@@ -41,7 +41,8 @@ def find_local(files: Sequence[GdcFile], folder: Path, have: Sequence[Path] = ()
     the file id goes first, then the order of ``have``, then the path. Links to folders are not followed.
 
     Raises:
-        MorphomeError: a folder of ``have`` does not exist, or a path cannot be written into a table.
+        MorphomeError: a folder of ``have`` does not exist or holds none of the files, or a path cannot be written into
+            a table.
     """
     folder = Path(folder)
     found = Local([])
@@ -50,7 +51,7 @@ def find_local(files: Sequence[GdcFile], folder: Path, have: Sequence[Path] = ()
             raise MorphomeError(f"gdc.have[{number}]: folder not found: {place}", "correct the path or remove it")
     waiting = []
     for file in files:
-        place = folder / file.file_id / file.name
+        place = file.path(folder)
         size = _size(place)
         if size == file.size:
             found.in_place.add(file.file_id)
@@ -59,9 +60,15 @@ def find_local(files: Sequence[GdcFile], folder: Path, have: Sequence[Path] = ()
             found.other_size.append((str(place), size, file.size))
         waiting.append(file)
     index = _index({file.name for file in waiting}, [*map(Path, have), folder])
+    for number, place in enumerate(map(Path, have)):
+        if waiting and not any(path.is_relative_to(place) for paths in index.values() for path in paths):
+            raise MorphomeError(
+                f"gdc.have[{number}]: none of the {len(waiting)} files still to be found is below {place}",
+                "correct the path, or take the folder out",
+            )
     paths: dict[str, str] = {}
     for file in waiting:
-        own = folder / file.file_id / file.name
+        own = file.path(folder)
         places = [place for place in index.get(file.name, ()) if place != own]
         for place in sorted(places, key=lambda place: place.parent.name != file.file_id):
             size = _size(place)

@@ -14,8 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from morphome.cohort.barcode import TUMOUR_CODES
-from morphome.download.api import API, Gdc
+from morphome.download.api import Gdc
 from morphome.download.cases import case_filters, clinical_tsv, find_cases
 from morphome.download.listing import KINDS, GdcFile, tsv, write_manifest
 from morphome.download.local import Local, find_local, require_room
@@ -56,12 +55,12 @@ def run_manifest(*, settings: Mapping[str, Any], gdc: Mapping[str, Any], kinds: 
             any file, several copy-number workflows without a choice, a damaged pinned folder, or too little room.
     """
     projects = list(dict.fromkeys(gdc["projects"]))
-    codes = list(settings.get("cohort", {}).get("sample_types") or TUMOUR_CODES)
+    codes = list(settings["cohort"]["sample_types"])
     molecular = settings.get("molecular") or {}
     kinds = [kind for kind in KINDS if kind in kinds]
     workflow = (molecular.get("cnv") or {}).get("workflow")
-    release = str(gdc.get("data_release") or "latest")
-    folder, have = Path(gdc.get("folder") or "resources/gdc"), [Path(place) for place in gdc.get("have") or ()]
+    release = gdc["data_release"]
+    folder, have = Path(gdc["folder"]), [Path(place) for place in gdc["have"]]
     if gdc.get("pinned"):
         pinned = read_pinned(Path(gdc["pinned"]), projects, kinds, codes, workflow, release)
         local = find_local(pinned.files, folder, have)
@@ -71,7 +70,7 @@ def run_manifest(*, settings: Mapping[str, Any], gdc: Mapping[str, Any], kinds: 
         clinical, by_id = pinned.clinical, {row["File ID"]: row for row in pinned.rows}
         rows = [{**by_id[file.file_id], "Local Path": file.local_path} for file in local.files]
     else:
-        with Gdc(gdc.get("api") or API) as api:
+        with Gdc(gdc["api"]) as api:
             files, cases, query = ask(api, projects, kinds, codes, workflow, release)
         local = find_local(files, folder, have)
         clinical, rows = clinical_tsv(cases), [sheet_row(file) for file in local.files]
@@ -79,7 +78,7 @@ def run_manifest(*, settings: Mapping[str, Any], gdc: Mapping[str, Any], kinds: 
     query |= {**_counts(local, projects), "local": _local_facts(local)}
     query["to_fetch"] = {"files": len(missing), "bytes": sum(file.size for file in missing)}
     _say(query)
-    require_room(folder, missing, bool(gdc.get("delete_slides")))
+    require_room(folder, missing, gdc["delete_slides"])
     out = Path(out)
     write_manifest(local.files, out / "manifest.tsv")
     order = {kind: number for number, kind in enumerate(KINDS)}

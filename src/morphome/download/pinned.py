@@ -13,8 +13,8 @@ from morphome.download.listing import GdcFile, read_manifest
 from morphome.download.query import release_number, same_workflow
 from morphome.errors import MorphomeError
 from morphome.files import read_json
+from morphome.paths import GDC_TABLES
 
-NAMES = ("manifest.tsv", "sample_sheet.tsv", "clinical.tsv", "query.json")
 QUERY_FORMAT = "morphome.gdc_query"
 _NEEDED = {"asked", "by_project", "cases", "data_release", "kinds", "left_out", "projects", "server_release", "time"}
 
@@ -40,7 +40,7 @@ def read_pinned(
     """Read and check the ``gdc/`` folder of an earlier run.
 
     Args:
-        folder: holds the four files of ``NAMES``.
+        folder: holds the four files of ``morphome.paths.GDC_TABLES``.
         projects, kinds, codes, workflow, release: what this run asks for; the folder may hold further kinds, which
             are passed over.
 
@@ -49,10 +49,11 @@ def read_pinned(
             question than this run's.
     """
     folder = Path(folder)
-    for name in NAMES:
+    for name in GDC_TABLES:
         if not (folder / name).is_file():
             raise MorphomeError(
-                f"gdc.pinned: {folder / name} not found", f"name the gdc/ folder of a run; it holds {', '.join(NAMES)}"
+                f"gdc.pinned: {folder / name} not found",
+                f"name the gdc/ folder of a run; it holds {', '.join(GDC_TABLES)}",
             )
     query = read_json(folder / "query.json", QUERY_FORMAT)
     if lacking := sorted(_NEEDED - set(query)):

@@ -9,11 +9,11 @@ from __future__ import annotations
 import fnmatch
 import os
 import shutil
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from morphome.errors import MorphomeError
 from morphome.features.registry import EncoderSpec, encoder_spec
@@ -28,9 +28,6 @@ from morphome.features.weights import (
     weights_id,
 )
 from morphome.files import write_json
-
-_CHUNK_BYTES = 1 << 20
-_TIMEOUT_S = 60
 
 
 def prefetch(key: str, *, revision: str = "", say: Callable[[str], None] = print) -> Path:
@@ -53,6 +50,13 @@ def prefetch(key: str, *, revision: str = "", say: Callable[[str], None] = print
         say(f"{spec.key}: has no weights, nothing to fetch")
         return weights_folder(spec.key)
     folder = weights_folder(spec.key)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Two runs that begin together on a fresh machine: the second waits, and finds the weights there.
+    with FileLock(folder.parent / f".{folder.name}.lock"):
+        return _prefetch(spec, folder, revision, say)
+
+
+def _prefetch(spec: EncoderSpec, folder: Path, revision: str, say: Callable[[str], None]) -> Path:
     if not spec.source:
         raise MorphomeError(
             f"encoder '{spec.key}': its weights have no public address that morphome knows",
@@ -73,11 +77,12 @@ def prefetch(key: str, *, revision: str = "", say: Callable[[str], None] = print
     return folder
 
 
-def run_weights(*, features: Mapping[str, Any], out: Path) -> None:
+def run_weights(*, settings: Mapping[str, Any], features: Mapping[str, Any], out: Path) -> None:
     """Fetch the weights of a run's encoder unless they are there, and write what was found.
 
     Args:
-        features: section of the configuration.
+        settings: ``features.encoder``.
+        features: the whole section of the configuration.
         out: ``morphome.weights``: encoder and sha256 of the weights.
 
     Raises:
@@ -86,7 +91,7 @@ def run_weights(*, features: Mapping[str, Any], out: Path) -> None:
     spec = encoder_spec(features["encoder"])
     if not find_files(spec, weights_folder(spec.key)):
         prefetch(spec.key)
-    write_json({"key": spec.key, "sha256": weights_id(features)}, out, RECORD_FORMAT, {"key": spec.key})
+    write_json({"key": spec.key, "sha256": weights_id(features)}, out, RECORD_FORMAT, settings)
 
 
 def _finish(spec: EncoderSpec, part: Path, folder: Path, resolved: str, names: list[str]) -> None:
@@ -163,33 +168,17 @@ def _choose(spec: EncoderSpec, names: list[str]) -> list[str]:
 
 def _fetch_url(spec: EncoderSpec, part: Path, say: Callable[[str], None]) -> str:
     """The file at an address into ``part``; goes on where an earlier attempt stopped."""
+    from morphome.download.remote import RemoteFile
+    from morphome.download.transfer import fetch_file, make_client
+
     target = part / spec.files[0]
-    unfinished = part / f"{spec.files[0]}.unfinished"
-    if target.exists():
-        return target.name
-    start = unfinished.stat().st_size if unfinished.exists() else 0
-    request = urllib.request.Request(spec.source, headers={"Range": f"bytes={start}-"} if start else {})
+    known = {"sha256": "".join(spec.weights_sha256[:1]), "md5": "".join(spec.weights_md5[:1])}
+    say(f"{spec.key}: {target.name} from {spec.source}")
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
-            goes_on = getattr(answer, "status", None) == 206
-            length = int(answer.headers.get("Content-Length") or 0)
-            _require_space(part, length, spec)
-            say(f"{spec.key}: {target.name} ({length / 1e6:.0f} MB) from {spec.source}")
-            got = 0
-            with unfinished.open("ab" if goes_on else "wb") as out:
-                while chunk := answer.read(_CHUNK_BYTES):
-                    out.write(chunk)
-                    got += len(chunk)
-            if got < length:
-                raise OSError(f"the connection broke after {got} of {length} bytes")
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and start:  # nothing is left to fetch, or the file has changed: begin again
-            unfinished.unlink()
-            return _fetch_url(spec, part, say)
-        raise _no_network(spec, spec.source, error) from None
-    except OSError as error:
-        raise _no_network(spec, spec.source, error) from None
-    unfinished.replace(target)
+        with make_client(connections=1) as client:
+            fetch_file(RemoteFile(spec.source, target, None, **known, label=target.name), client, attempts=4, say=say)
+    except MorphomeError as error:
+        raise _no_network(spec, spec.source, error.problem) from None
     return target.name
 
 
@@ -211,10 +200,10 @@ def _no_access(spec: EncoderSpec, where: str) -> MorphomeError:
     )
 
 
-def _no_network(spec: EncoderSpec, where: str, error: Any) -> MorphomeError:
+def _no_network(spec: EncoderSpec, where: str, error: object) -> MorphomeError:
     first = (str(error).splitlines() or [type(error).__name__])[0]
     return MorphomeError(
-        f"encoder '{spec.key}': cannot fetch from {where}: {type(error).__name__}: {first}",
+        f"encoder '{spec.key}': cannot fetch from {where}: {first}",
         f"run prefetch where there is a network and copy {weights_folder(spec.key)} here (licence: {spec.licence}, "
         f"{spec.licence_url or where}); unset HF_HUB_OFFLINE if it is set",
     )

@@ -99,7 +99,8 @@ def weights_id(features: Mapping[str, Any]) -> str:
         return hashlib.sha256(RANDOM_RECIPE.encode()).hexdigest()
     if not spec.has_weights:
         return ""
-    if not _place(spec, features)[0].exists() and (promised := promised_sha256(features)):
+    promised = promised_sha256(features)
+    if promised and not find_files(spec, weights_folder(spec.key)):
         return promised  # the workflow fetches them, and takes no others
     path = weights_path(features)
     files = [path] if path.is_file() else find_files(spec, path)

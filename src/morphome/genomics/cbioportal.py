@@ -8,7 +8,7 @@ MAF. Patients come from the study's table of samples, else from the barcode.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,24 @@ import numpy as np
 
 from morphome.cohort.barcode import TUMOUR_CODES
 from morphome.cohort.slide_sheet import few_names
+from morphome.cohort.tables import read_facts
 from morphome.errors import MorphomeError, MorphomeWarning
 from morphome.genomics.consequences import Consequences
 from morphome.genomics.maf import maf_table, panel_of_samples
-from morphome.genomics.matrix import RULES, Matrix, clean_symbols, is_log, merge_rule, merge_symbols, value_type_of
+from morphome.genomics.matrix import (
+    AS_GIVEN,
+    RULE_ZSCORE,
+    RULES,
+    Matrix,
+    are_amounts,
+    clean_symbols,
+    merge_rule,
+    merge_symbols,
+    value_type_of,
+)
 from morphome.genomics.panel import Panel
 from morphome.genomics.reading import body_of, header_line, read_columns
-from morphome.genomics.samples import choose_samples, rule_for_samples
+from morphome.genomics.samples import require_samples, rule_for_samples
 
 #: Panel to the kind of alteration and the forms of it that the panel can be.
 _KINDS = {
@@ -64,6 +75,7 @@ def read_cbioportal(
     *,
     file: str | None = None,
     unit: str | None = None,
+    log2: bool = False,
     rule: Consequences,
     codes: Sequence[str] = TUMOUR_CODES,
 ) -> Panel:
@@ -71,14 +83,16 @@ def read_cbioportal(
 
     Several samples of a patient: see :func:`morphome.genomics.samples.choose_samples`. Mutations: a patient whose
     sample is listed as sequenced and has no row has no mutation; genes outside the sample's gene panel are not
-    measured. Values of rows that share a symbol are summed (``expression``) or averaged.
+    measured. Values of rows that share a symbol are summed where they are amounts
+    (:func:`morphome.genomics.matrix.are_amounts`), else averaged.
 
     Args:
         path: folder of the study.
         panel: rna, mut, cnv or expression.
         setting: ``molecular.<panel>``.
         file: name of the data file, where several profiles fit.
-        unit: of a profile that does not say its unit in a word.
+        unit: of a profile of form CONTINUOUS; without it the profile's description is the unit.
+        log2: the values of RNA are linear; the caller takes their logarithm.
         rule: which variants count.
         codes: TCGA sample codes, preferred first.
 
@@ -97,8 +111,10 @@ def read_cbioportal(
     if panel == "mut":
         return _mutations(folder, profile, patient_of, rule, codes, setting, notes)
     value_type, words = _VALUES.get(profile.form, ("as_given", ""))
-    unit = words or unit or profile.description or "as given"
+    unit = words or unit or profile.description or AS_GIVEN
     value_type = value_type_of(unit) if value_type == "as_given" else value_type
+    if value_type == "zscore":
+        notes["rule_for_values"] = RULE_ZSCORE
     matrix = Matrix(profile.data, setting)
     lowered = [name.lower() for name in matrix.header]
     read = _long if {"sample_id", "value"} <= set(lowered) else _wide
@@ -108,7 +124,7 @@ def read_cbioportal(
             f"{profile.data}: values other than -2, -1.5, -1, 0, 1, 2 in a profile of form {profile.form} ({setting})",
             "correct the meta file of the study, or name another file",
         )
-    merge, offset = merge_rule(value_type, unit, linear=panel == "expression" and not is_log(unit))
+    merge, offset = merge_rule(value_type, unit, linear=are_amounts(panel, value_type, unit, values, log2))
     clean, cut, empty = clean_symbols(symbols)
     named = clean != ""
     genes, merged, repeated = merge_symbols(clean[named].astype(str), values[named], merge, offset)
@@ -165,7 +181,7 @@ def choose_profile(folder: Path, panel: str, file: str | None, setting: str) -> 
 
 
 def _profile(meta: Path) -> Profile | None:
-    facts = _facts(meta)
+    facts = read_facts(meta)
     if not facts.get("data_filename"):
         return None
     return Profile(
@@ -177,13 +193,6 @@ def _profile(meta: Path) -> Profile | None:
     )
 
 
-def _facts(file: Path) -> dict[str, str]:
-    """``key: value`` lines."""
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    pairs = (line.partition(":") for line in lines if not line.startswith("#"))
-    return {key.strip(): value.strip() for key, _, value in pairs if value.strip()}
-
-
 def _patients_of_samples(folder: Path) -> dict[str, str]:
     """Sample to patient, from the study's clinical files that name both."""
     owners: dict[str, str] = {}
@@ -192,18 +201,6 @@ def _patients_of_samples(folder: Path) -> dict[str, str]:
             table = read_columns(file, "cBioPortal samples", ["PATIENT_ID", "SAMPLE_ID"])
             owners.update(zip(table["SAMPLE_ID"].str.strip(), table["PATIENT_ID"].str.strip(), strict=True))
     return {sample: patient for sample, patient in owners.items() if sample and patient}
-
-
-def _choose(
-    samples: Iterable[str], patient_of: dict[str, str], codes: Sequence[str], file: Path, notes: dict[str, Any]
-) -> dict[str, str]:
-    chosen, notes["left_out"] = choose_samples(samples, codes, patient_of)
-    if not chosen:
-        raise MorphomeError(
-            f"{file}: no sample of the tumour under study (codes {', '.join(codes)}): {notes['left_out']}",
-            "check the file and cohort.sample_types",
-        )
-    return chosen
 
 
 def _wide(
@@ -217,7 +214,7 @@ def _wide(
     """Symbols of the rows, patient to sample, float32 (rows, patients)."""
     column = _symbol_column(matrix, lowered, setting)
     places = {name: place for place, name in enumerate(matrix.header) if lowered[place] not in _ANNOTATION}
-    chosen = _choose(places, patient_of, codes, matrix.path, notes)
+    chosen, notes["left_out"] = require_samples(places, codes, matrix.path, setting, patient_of)
     symbols = matrix.names(column)
     return symbols, chosen, matrix.numbers([places[sample] for sample in chosen.values()], symbols)
 
@@ -234,7 +231,7 @@ def _long(
     symbols = np.array(matrix.names(_symbol_column(matrix, lowered, setting)), dtype=str)
     samples = np.array(matrix.names(lowered.index("sample_id")), dtype=str)
     cells = matrix.numbers([lowered.index("value")], symbols.tolist())[:, 0]
-    chosen = _choose(samples.tolist(), patient_of, codes, matrix.path, notes)
+    chosen, notes["left_out"] = require_samples(samples.tolist(), codes, matrix.path, setting, patient_of)
     place = {sample: number for number, sample in enumerate(chosen.values())}
     mine = np.array([sample in place for sample in samples], bool) & ~np.isnan(cells)
     names, rows = np.unique(symbols[mine], return_inverse=True)
@@ -276,7 +273,8 @@ def _mutations(
     notes["rule_for_no_row"] = (
         "a sample listed as sequenced has no mutation" if listed else "only samples with a row are known"
     )
-    chosen = _choose({*table["Tumor_Sample_Barcode"].unique(), *listed}, patient_of, codes, profile.data, notes)
+    samples = {*table["Tumor_Sample_Barcode"].unique(), *listed}
+    chosen, notes["left_out"] = require_samples(samples, codes, profile.data, setting, patient_of)
     panel = panel_of_samples(table, chosen, rule, notes)
     panel.notes["patients_without_row"] = len(set(chosen.values()) - set(table["Tumor_Sample_Barcode"]))
     _mask_outside_panels(panel, folder, profile, chosen)
@@ -286,7 +284,7 @@ def _mutations(
 def _sequenced(folder: Path) -> list[str]:
     """Samples of the case list of sequenced samples; empty without one."""
     for file in sorted((folder / "case_lists").glob("*.txt")):
-        facts = _facts(file)
+        facts = read_facts(file)
         if file.name == "cases_sequenced.txt" or facts.get("stable_id", "").endswith("_sequenced"):
             return facts.get("case_list_ids", "").split()
     return []
@@ -299,7 +297,7 @@ def _mask_outside_panels(panel: Panel, folder: Path, profile: Profile, chosen: d
         return
     table = read_columns(file, "gene panels", ["SAMPLE_ID", profile.stable_id])
     used = dict(zip(table["SAMPLE_ID"], table[profile.stable_id].str.strip(), strict=True))
-    lists = [_facts(place) for place in sorted(folder.glob("*gene_panel*.txt")) if place != file]
+    lists = [read_facts(place) for place in sorted(folder.glob("*gene_panel*.txt")) if place != file]
     covered = {facts["stable_id"]: set(facts["gene_list"].split()) for facts in lists if "gene_list" in facts}
     unknown: set[str] = set()
     masked = 0

@@ -8,19 +8,25 @@ ranks them.
 from __future__ import annotations
 
 import difflib
+import functools
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from morphome.errors import MorphomeError
+from morphome.cohort.slide_sheet import few_names
+from morphome.errors import MorphomeError, MorphomeWarning
 
-#: Variant classes that change the protein; everything else (Silent, UTR, intron, flank, RNA) does not count.
+#: Variant classes that change the protein; everything else (Silent, UTR, intron, flank, RNA) does not count. The last
+#: two lines are Oncotator's words for a lost start or stop.
 PROTEIN_CHANGING = frozenset(
     {
         *("Missense_Mutation", "Nonsense_Mutation", "Nonstop_Mutation", "Translation_Start_Site"),
         *("Frame_Shift_Del", "Frame_Shift_Ins", "In_Frame_Del", "In_Frame_Ins", "Splice_Site"),
+        *("Start_Codon_SNP", "Start_Codon_Del", "Start_Codon_Ins"),
+        *("Stop_Codon_Del", "Stop_Codon_Ins"),
     }
 )
 #: Classes after which the protein ends early or is spliced otherwise.
@@ -29,8 +35,7 @@ TRUNCATING = frozenset({"Nonsense_Mutation", "Frame_Shift_Del", "Frame_Shift_Ins
 _OTHER_CLASSES = frozenset(
     {
         *("Silent", "Splice_Region", "Intron", "5'UTR", "3'UTR", "5'Flank", "3'Flank", "IGR", "RNA", "lincRNA"),
-        *("De_novo_Start_InFrame", "De_novo_Start_OutOfFrame", "Start_Codon_SNP", "Start_Codon_Del"),
-        *("Start_Codon_Ins", "Stop_Codon_Del", "Stop_Codon_Ins", "Targeted_Region", "Fusion", "Unknown"),
+        *("De_novo_Start_InFrame", "De_novo_Start_OutOfFrame", "Targeted_Region", "Fusion", "Unknown"),
     }
 )
 _SETS = {"protein_changing": PROTEIN_CHANGING, "truncating": TRUNCATING}
@@ -84,13 +89,15 @@ _TERMS: dict[str, tuple[str, ...]] = {
 }
 _RANK = {term.lower(): (rank, term) for rank, term in enumerate(_TERMS)}
 KNOWN = PROTEIN_CHANGING | _OTHER_CLASSES | frozenset(_TERMS)
+_CLASSES = {name.lower(): name for name in PROTEIN_CHANGING | _OTHER_CLASSES}
 
 
 def severest(effect: str) -> str:
-    """The class, or the most severe of the terms, that an effect names; unknown words come back as they are."""
+    """The class, or the most severe of the terms, that an effect names, in any case; an unknown word as it is."""
     words = [word.strip() for word in re.split(r"[;,&|]", effect) if word.strip()]
     ranked = sorted(_RANK[word.lower()] for word in words if word.lower() in _RANK)
-    return ranked[0][1] if ranked else words[0] if words else "(empty)"
+    named = [_CLASSES[word.lower()] for word in words if word.lower() in _CLASSES]
+    return ranked[0][1] if ranked else (named or words or ["(empty)"])[0]
 
 
 @dataclass
@@ -102,19 +109,26 @@ class Consequences:
         classes: classes and terms that count; None: all.
         kept: variants that count, by class.
         passed_over: the others, by class (or by ``status ...``).
+        not_known: those of ``passed_over`` whose class nothing knows.
     """
 
     name: str
     classes: frozenset[str] | None
     kept: Counter[str] = field(default_factory=Counter)
     passed_over: Counter[str] = field(default_factory=Counter)
+    not_known: Counter[str] = field(default_factory=Counter)
 
     def counts(self, effect: str) -> bool:
         """True when a variant of this class, or with these terms, makes a gene mutated."""
-        if self.classes is None or effect in self.classes:
+        if self.classes is None:
             return True
+        wanted = self._lowered
         found = severest(effect)
-        return found in self.classes or any(name in self.classes for name in _TERMS.get(found, ()))
+        return any(name.strip().lower() in wanted for name in (effect, found, *_TERMS.get(found, ())))
+
+    @functools.cached_property
+    def _lowered(self) -> frozenset[str]:
+        return frozenset(name.lower() for name in self.classes or ())
 
     def tally(self, effects: Iterable[str]) -> list[bool]:
         """:meth:`counts` of every effect, counted by class."""
@@ -122,22 +136,32 @@ class Consequences:
         known: dict[str, tuple[bool, str]] = {}
         for effect in effects:
             if effect not in known:
-                known[effect] = (self.counts(effect), effect if effect in KNOWN else severest(effect))
+                known[effect] = (self.counts(effect), severest(effect))
             good, name = known[effect]
             (self.kept if good else self.passed_over)[name] += 1
+            if not good and name not in KNOWN:
+                self.not_known[name] += 1
             keep.append(good)
         return keep
 
     def check(self, setting: str) -> None:
-        """Refuse a listed class that is neither known nor in the files, naming near ones.
+        """Refuse a listed class that is neither known nor in the files; warn of unknown classes that the files hold.
 
         Raises:
-            MorphomeError: naming the setting.
+            MorphomeError: naming the setting and near classes.
         """
+        if self.not_known:
+            names = sorted(self.not_known, key=lambda name: (-self.not_known[name], name))
+            shown = few_names([f"'{name}' ({self.not_known[name]})" for name in names])
+            text = f"{setting}: {sum(self.not_known.values())} variants of classes that are not known do not count: "
+            warnings.warn(
+                MorphomeWarning(f"{text}{shown}; list those that are to count in {setting}.consequences"), stacklevel=3
+            )
         if self.name != "list" or self.classes is None:
             return
         having = KNOWN | set(self.kept) | set(self.passed_over)
-        for name in sorted(self.classes - having):
+        lowered = {name.lower() for name in having}
+        for name in sorted(name for name in self.classes if name.lower() not in lowered):
             near = difflib.get_close_matches(name, sorted(having), 3, 0.5)
             raise MorphomeError(
                 f"{setting}.consequences: '{name}' is no class of variants"
@@ -152,6 +176,7 @@ class Consequences:
             "rule_for_mutated": sorted(self.classes) if self.classes is not None else "every variant listed",
             "variants_kept": dict(sorted(self.kept.items())),
             "variants_passed_over": dict(sorted(self.passed_over.items())),
+            "variants_of_classes_not_known": dict(sorted(self.not_known.items())),
         }
 
     @property

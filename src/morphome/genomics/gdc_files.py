@@ -49,6 +49,19 @@ def choose_files(
     workflow: str | None = None,
     codes: Sequence[str] = TUMOUR_CODES,
 ) -> tuple[dict[str, Path], dict[str, int]]:
+    """As :func:`choose_coded_files`, without the sample codes."""
+    found, left_out = choose_coded_files(format_name, path, sheet, setting, workflow, codes)
+    return {patient: file for patient, (file, _) in found.items()}, left_out
+
+
+def choose_coded_files(
+    format_name: str,
+    path: Path,
+    sheet: Path | None,
+    setting: str,
+    workflow: str | None = None,
+    codes: Sequence[str] = TUMOUR_CODES,
+) -> tuple[dict[str, tuple[Path, str]], dict[str, int]]:
     """One file per patient by the rule of this module.
 
     Args:
@@ -59,7 +72,8 @@ def choose_files(
         codes: TCGA sample codes of the tumour under study, preferred first.
 
     Returns:
-        patient to file, sorted by patient; counts of files left out by reason.
+        patient to file and its sample code ("" when the sheet does not say it), sorted by patient; counts of files
+        left out by reason.
 
     Raises:
         MorphomeError: no sheet, not a GDC sheet, no such files in it, a file that is not there or of another size
@@ -109,7 +123,9 @@ def choose_files(
                 f"{file}: {file.stat().st_size} bytes, but {sheet} says {size} (patient {patient}, {setting})",
                 "the file is not whole, or another one: move it away and download it again",
             )
-    return files, dict(sorted(left_out.items()))
+    known = {patient: rank[0] for patient, (rank, _) in best.items() if rank[0] < len(codes)}
+    coded = {patient: (file, codes[known[patient]] if patient in known else "") for patient, file in files.items()}
+    return coded, dict(sorted(left_out.items()))
 
 
 def read_star_counts(files: Mapping[str, Path], values: str = "log2_tpm") -> Panel:

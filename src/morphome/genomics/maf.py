@@ -14,14 +14,16 @@ from morphome.errors import MorphomeError
 from morphome.genomics.consequences import Consequences, consequences
 from morphome.genomics.panel import Panel
 from morphome.genomics.reading import places_of, read_columns
-from morphome.genomics.samples import choose_samples, rule_for_samples
+from morphome.genomics.samples import require_samples, rule_for_samples
 
 #: Variants of such a status are no somatic mutations of the tumour.
 NOT_SOMATIC = frozenset({"germline", "loh", "none", "wildtype", "redacted"})
 _SETTING = "molecular.mut"
 
 
-def read_mafs(files: Mapping[str, Path], rule: Consequences | None = None) -> Panel:
+def read_mafs(
+    files: Mapping[str, Path], rule: Consequences | None = None, sample_codes: Mapping[str, str] | None = None
+) -> Panel:
     """0/1 per gene from one MAF per patient: 1 when a variant of the wanted classes is listed.
 
     A patient whose file has no rows has no mutation (all 0); a patient without a file is absent. Genes are those
@@ -30,19 +32,22 @@ def read_mafs(files: Mapping[str, Path], rule: Consequences | None = None) -> Pa
     Args:
         files: patient to file.
         rule: which variants count; default protein-changing ones.
+        sample_codes: patient to the sample code that the sheet gives to the file ("01"; "" when it does not say).
 
     Raises:
-        MorphomeError: naming the file: damaged, a missing column, or a barcode of another patient.
+        MorphomeError: naming the file: damaged, a missing column, or a barcode of another patient or sample code.
     """
     rule = rule or consequences(None)
     hits: dict[str, set[str]] = {}
     gene_ids: dict[str, str] = {}
     for patient, file in files.items():
         table = maf_table(file)
-        others = {barcode for barcode in table["Tumor_Sample_Barcode"].unique() if not _belongs(barcode, patient)}
+        code = (sample_codes or {}).get(patient, "")
+        others = {name for name in table["Tumor_Sample_Barcode"].unique() if not _belongs(name, patient, code)}
         if others:
             raise MorphomeError(
-                f"{file}: holds sample {min(others)}, but the sample sheet says patient {patient}",
+                f"{file}: holds sample {min(others)}, but the sample sheet says patient {patient}"
+                + (f", sample code {code}" if code else ""),
                 "check molecular.sheet, or download the file again",
             )
         kept = keep_variants(table, rule)
@@ -68,12 +73,7 @@ def read_one_maf(path: Path, rule: Consequences | None = None, codes: Sequence[s
     """
     rule = rule or consequences(None)
     table = maf_table(path)
-    chosen, left_out = choose_samples(table["Tumor_Sample_Barcode"].unique(), codes)
-    if not chosen:
-        raise MorphomeError(
-            f"{path}: no sample of the tumour under study (codes {', '.join(codes)}): {left_out} ({_SETTING})",
-            "check the file and cohort.sample_types",
-        )
+    chosen, left_out = require_samples(table["Tumor_Sample_Barcode"].unique(), codes, path, _SETTING)
     return panel_of_samples(table, chosen, rule, {"left_out": left_out, "rule_for_samples": rule_for_samples(codes)})
 
 
@@ -146,6 +146,9 @@ def binary_panel(
     return Panel(patients, genes, values, "binary", rule.unit, dict(gene_ids), n_files, {**notes, **rule.notes()})
 
 
-def _belongs(barcode: str, patient: str) -> bool:
+def _belongs(barcode: str, patient: str, code: str) -> bool:
+    """False for a barcode of another patient, or of another sample code where both are known."""
     parts = try_barcode(barcode)
-    return parts is None or try_barcode(patient) is None or parts.patient == patient.upper()
+    if parts is None or try_barcode(patient) is None:
+        return True
+    return parts.patient == patient.upper() and (not code or parts.sample_code in ("", code))

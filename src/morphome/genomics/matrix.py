@@ -18,6 +18,13 @@ from morphome.genomics.reading import body_of, header_line
 #: Words for "not measured".
 _MISSING = ["", "NA", "N/A", "NaN", "nan", "null", "None", "[Not Available]", "[Not Applicable]"]
 _LOG2 = re.compile(r"log2\((.+)\+([0-9.]+)\)")
+#: "log2(TPM + 1)", "ln(x)", "log10", "log1p", "log-ratio"; no word that merely holds these letters.
+_ANY_LOG = re.compile(r"(?<![a-z])(?:log|ln(?![a-z]))", re.IGNORECASE)
+_ZSCORE = re.compile(r"(?<![a-z])z[-_ ]?scores?(?![a-z])", re.IGNORECASE)
+#: Unit of a table that does not say any.
+AS_GIVEN = "as given"
+#: What published z-scores are, for the reader: the test folds have a part in them.
+RULE_ZSCORE = "z-scores as published, standardised over all patients of the source table, test folds included"
 _UNITS = {
     "log2(tpm+1)": "log2_tpm_plus_1",
     "tpm": "tpm",
@@ -46,15 +53,30 @@ def value_type_of(unit: str) -> str:
 
 
 def is_log(unit: str) -> bool:
-    """True for a unit that names a logarithm."""
-    return re.search(r"\blog", unit.lower()) is not None
+    """True for a unit that names a logarithm (log, log2, log10, log1p, ln), in any case."""
+    return _ANY_LOG.search(unit) is not None
+
+
+def is_zscore(unit: str) -> bool:
+    """True for a unit that names z-scores."""
+    return _ZSCORE.search(unit) is not None
+
+
+def are_amounts(panel: str, value_type: str, unit: str, values: np.ndarray, log2: bool = False) -> bool:
+    """True when values of RNA are amounts on a linear scale, which add up; the same for ``rna`` and ``expression``.
+
+    A unit must say what they are, or ``log2`` that they are linear; values below zero are no amounts.
+    """
+    if panel not in ("rna", "expression") or value_type == "zscore" or is_log(unit) or is_zscore(unit):
+        return False
+    return log2 or (unit != AS_GIVEN and not bool((values < 0).any()))
 
 
 def merge_rule(value_type: str, unit: str, linear: bool = False) -> tuple[str, float]:
     """Rule for symbols that occur twice (a key of :data:`RULES`), and the offset in log2(x + offset).
 
     Args:
-        linear: the values are known to be non-negative amounts that add up.
+        linear: the values are known to be non-negative amounts that add up (:func:`are_amounts`).
     """
     if value_type == "binary":
         return "max", 0.0

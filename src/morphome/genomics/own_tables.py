@@ -14,7 +14,7 @@ from morphome.cohort.barcode import try_barcode
 from morphome.cohort.slide_sheet import few_names
 from morphome.cohort.tables import header_of, one_row_per_patient, read_bytes, read_porpoise
 from morphome.errors import MorphomeError
-from morphome.genomics.matrix import value_type_of
+from morphome.genomics.matrix import AS_GIVEN, RULE_ZSCORE, value_type_of
 from morphome.genomics.panel import Panel
 
 #: Column endings and values of the PORPOISE tables.
@@ -79,6 +79,8 @@ def read_porpoise_panel(path: Path, panel: str, setting: str) -> Panel:
         "not_genes": sorted(set(genes) & _NOT_GENES.get(panel, set())),
         "rule_for_samples": "as published: one profile per patient, the same on all slides",
     }
+    if value_type == "zscore":
+        notes["rule_for_values"] = RULE_ZSCORE
     kept_genes = [genes[number] for number in kept]
     return Panel(people["case_id"].tolist(), kept_genes, values, value_type, unit, {}, 1, notes)
 
@@ -147,7 +149,7 @@ def read_csv_panel(path: Path, setting: str, unit: str | None = None) -> Panel:
             "a gene column holds numbers; leave a cell empty when it was not measured",
         )
     notes = {"rule_for_samples": "as given: one row per patient"}
-    unit = unit or "as given"
+    unit = unit or AS_GIVEN
     names = [str(name) for name in genes.columns]
     return Panel(patients, names, genes.to_numpy(np.float32), value_type_of(unit), unit, notes=notes)
 

@@ -18,8 +18,8 @@ class Panel:
         patients: ids, unique.
         genes: symbols, unique.
         values: float32 (patients, genes); NaN = not measured.
-        value_type: ``log2_tpm_plus_1``, ``tpm``, ``counts``, ``zscore``, ``binary``, ``gistic``, ``log2_ratio``,
-            ``copy_number`` or ``as_given``.
+        value_type: ``log2_tpm_plus_1``, ``log2_plus_1``, ``tpm``, ``counts``, ``zscore``, ``binary``, ``gistic``,
+            ``log2_ratio``, ``copy_number`` or ``as_given``.
         unit: for a reader.
         gene_ids: symbol to Ensembl ids (joined by ";"), where the source has them.
         n_files: files read.

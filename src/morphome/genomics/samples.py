@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from morphome.cohort.barcode import TUMOUR_CODES, sample_name, try_barcode
+from morphome.errors import MorphomeError
 
 
 def rule_for_samples(codes: Sequence[str]) -> str:
@@ -52,6 +54,23 @@ def choose_samples(
         if patient not in best or rank < best[patient]:
             best[patient] = rank
     return {patient: best[patient][-1] for patient in sorted(best)}, dict(sorted(left_out.items()))
+
+
+def require_samples(
+    ids: Iterable[str], codes: Sequence[str], path: Path, setting: str, patient_of: Mapping[str, str] | None = None
+) -> tuple[dict[str, str], dict[str, int]]:
+    """As :func:`choose_samples`, but a table without any sample of the tumour under study is an error.
+
+    Raises:
+        MorphomeError: naming the file, the codes and what the table has instead.
+    """
+    chosen, left_out = choose_samples(ids, codes, patient_of)
+    if not chosen:
+        raise MorphomeError(
+            f"{path}: no sample of the tumour under study (codes {', '.join(codes)}): {left_out} ({setting})",
+            "check the file and cohort.sample_types",
+        )
+    return chosen, left_out
 
 
 def _descending(text: str) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ variant, with Sequence Ontology terms or MAF classes in ``effect``.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,22 @@ import numpy as np
 
 from morphome.cohort.barcode import TUMOUR_CODES, try_barcode
 from morphome.cohort.slide_sheet import few_names
-from morphome.errors import MorphomeError
+from morphome.errors import MorphomeError, MorphomeWarning
 from morphome.genomics.consequences import Consequences
 from morphome.genomics.maf import panel_of_samples
-from morphome.genomics.matrix import RULES, Matrix, clean_symbols, is_log, merge_rule, merge_symbols, value_type_of
+from morphome.genomics.matrix import (
+    AS_GIVEN,
+    RULES,
+    Matrix,
+    are_amounts,
+    clean_symbols,
+    merge_rule,
+    merge_symbols,
+    value_type_of,
+)
 from morphome.genomics.panel import Panel
 from morphome.genomics.reading import places_of, read_columns
-from morphome.genomics.samples import choose_samples, rule_for_samples
+from morphome.genomics.samples import require_samples, rule_for_samples
 
 #: Names of the columns of a list of mutations, lowered; the hubs do not agree.
 _SAMPLE, _GENE, _EFFECT = ("sample", "sample_id", "sampleid", "#sample"), ("gene", "hugo_symbol"), ("effect",)
@@ -33,6 +43,7 @@ def read_xena(
     setting: str,
     *,
     unit: str | None = None,
+    log2: bool = False,
     probemap: Path | None = None,
     rule: Consequences,
     codes: Sequence[str] = TUMOUR_CODES,
@@ -40,14 +51,15 @@ def read_xena(
     """A panel from one data set, gzip or not.
 
     Several samples of a patient: see :func:`morphome.genomics.samples.choose_samples`. Genes that share a symbol are
-    summed where the unit allows it (counts, TPM, also behind log2(x + c)), else averaged. In a list of mutations a
-    patient without any row is absent.
+    summed where the unit allows it (amounts on a linear scale, also behind log2(x + c)), else averaged. In a list of
+    mutations a patient without any row is absent.
 
     Args:
         path: the data set.
         panel: rna, mut, cnv or expression.
         setting: ``molecular.<panel>``.
         unit: unit of the values as the hub states it, for example ``log2(tpm+1)``.
+        log2: the values of RNA are linear; the caller takes their logarithm.
         probemap: table of ``id`` and ``gene``.
         rule: which variants count.
         codes: TCGA sample codes, preferred first.
@@ -58,14 +70,15 @@ def read_xena(
     matrix = Matrix(path, setting, comments=False)
     if panel == "mut" and (columns := _mutation_columns(matrix.header)):
         return _mutations(path, columns, setting, rule, codes)
-    unit = unit or ("1 = mutated" if panel == "mut" else "as given")
+    unit = unit or ("1 = mutated" if panel == "mut" else AS_GIVEN)
     value_type = "binary" if panel == "mut" else value_type_of(unit)
     ids, chosen, values, left_out = _values(matrix, codes, setting)
     if panel == "mut" and not np.isin(values[~np.isnan(values)], (0.0, 1.0)).all():
         raise MorphomeError(f"{path}: values other than 0 and 1 ({setting})", f"check {setting}.path")
     notes: dict[str, Any] = {"rule_for_samples": rule_for_samples(codes), "left_out": left_out}
-    symbols, kept = _symbols(ids, probemap, setting, notes)
-    merge, offset = merge_rule(value_type, unit, linear=panel == "expression" and not is_log(unit))
+    symbols, kept = _symbols(ids, probemap, path, setting, notes)
+    linear = are_amounts(panel, value_type, unit, values[kept], log2)
+    merge, offset = merge_rule(value_type, unit, linear=linear)
     genes, merged, repeated = merge_symbols(symbols[kept].astype(str), values[kept], merge, offset)
     ensembl = np.array([name if name.startswith("ENSG") else "" for name in ids], dtype=str)
     notes |= {"rule_for_symbols": RULES[merge], "symbols_repeated": repeated}
@@ -90,12 +103,7 @@ def _values(
     if samples is down and len(down) < sum(name in down for name in names):
         twice = next(name for name in down if names.count(name) > 1)
         raise MorphomeError(f"{matrix.path}: sample '{twice}' occurs twice ({setting})", "keep one row per sample")
-    chosen, left_out = choose_samples(samples, codes)
-    if not chosen:
-        raise MorphomeError(
-            f"{matrix.path}: no sample of the tumour under study (codes {', '.join(codes)}): {left_out} ({setting})",
-            "check the file and cohort.sample_types",
-        )
+    chosen, left_out = require_samples(samples, codes, matrix.path, setting)
     strangers = (len(matrix.header) - 1 if samples is across else len(names)) - len(samples)
     if strangers:
         left_out["no TCGA barcode"] = strangers
@@ -107,16 +115,19 @@ def _values(
 
 
 def _symbols(
-    ids: Sequence[str], probemap: Path | None, setting: str, notes: dict[str, Any]
+    ids: Sequence[str], probemap: Path | None, path: Path, setting: str, notes: dict[str, Any]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Symbol of every row and which rows are kept; Ensembl ids lose their version where they stay."""
+    """Symbol of every row and which rows are kept; Ensembl ids lose their version where they stay.
+
+    Rows that count reads outside genes (``N_unmapped`` of STAR, ``__no_feature`` of HTSeq) are no genes.
+    """
     clean, cut, empty = clean_symbols(ids)
     names = {} if probemap is None else _probemap(probemap, setting)
     plain = {gene_id.partition(".")[0]: gene for gene_id, gene in names.items()}
     stayed = 0
     kept = clean != ""
     for row, name in enumerate(clean):
-        if name.endswith("_PAR_Y") or (name.startswith("N_") and name[2:3].islower()):
+        if name.endswith("_PAR_Y") or name.startswith("__") or (name.startswith("N_") and name[2:3].islower()):
             kept[row] = False
             continue
         gene = names.get(name) or plain.get(name.partition(".")[0])
@@ -130,6 +141,13 @@ def _symbols(
         notes["ensembl_ids_without_symbol"] = stayed
         if probemap is None:
             notes["gene_names"] = f"Ensembl ids, no symbols: {setting}.probemap is not set"
+            warnings.warn(
+                MorphomeWarning(
+                    f"{path}: {stayed} genes are named by Ensembl ids, which groups of gene symbols cannot match; set "
+                    f"{setting}.probemap to the hub's table of id and gene"
+                ),
+                stacklevel=2,
+            )
     return clean, kept
 
 
@@ -155,12 +173,7 @@ def _mutation_columns(header: Sequence[str]) -> dict[str, str]:
 
 def _mutations(path: Path, columns: Mapping[str, str], setting: str, rule: Consequences, codes: Sequence[str]) -> Panel:
     table = read_columns(path, setting, list(columns), comments=False).rename(columns=dict(columns))
-    chosen, left_out = choose_samples(table["Tumor_Sample_Barcode"].unique(), codes)
-    if not chosen:
-        raise MorphomeError(
-            f"{path}: no sample of the tumour under study (codes {', '.join(codes)}): {left_out} ({setting})",
-            "check the file and cohort.sample_types",
-        )
+    chosen, left_out = require_samples(table["Tumor_Sample_Barcode"].unique(), codes, path, setting)
     notes = {
         "rule_for_samples": rule_for_samples(codes),
         "left_out": left_out,
