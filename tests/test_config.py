@@ -149,3 +149,37 @@ def test_not_yaml_and_not_there(tmp_path):
 def test_presets_are_valid_but_for_their_files(repository):
     for preset in (repository / "resources" / "cohorts").glob("*.yaml"):
         check_config(yaml.safe_load(preset.read_text()), files=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"molecular": {"rna": {"format": "csv", "path": "x.csv", "values": "tpm"}}},
+            "molecular.rna.values: means nothing",
+        ),
+        ({"molecular": {"cnv": {"format": "csv", "path": "x.csv", "workflow": "ASCAT3"}}}, "molecular.cnv.workflow"),
+        ({"gdc": {"projects": ["hnsc"]}}, "a project id of the GDC, such as TCGA-HNSC"),
+        ({"gdc": {"projects": ["TCGA-HNSC"], "api": "api.gdc.cancer.gov"}}, "begins with https://"),
+        (
+            {"gdc": {"projects": ["TCGA-HNSC"]}, "slides": {"sheet": "{gdc}/sample_sheet.tsv", "folder": "."}},
+            "{gdc_files}",
+        ),
+        ({"gdc": {"projects": ["TCGA-HNSC"], "pinned": "results/own/gdc"}}, "this run's own list"),
+        ({"cohort": {"clinical": {"format": "gdc_clinical", "path": "."}, "endpoint": "DSS"}}, "holds OS only"),
+        ({"cohort": {"clinical": {"format": "csv", "path": "{gdc}/clinical.tsv"}}}, "only where the configuration has"),
+    ],
+)
+def test_what_the_gdc_and_the_tables_cannot_mean_is_refused(change, words, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.csv").write_text("patient_id")
+    config = {
+        "name": "own",
+        "cohort": {"clinical": {"format": "csv", "path": "x.csv"}},
+        "slides": {"sheet": "x.csv"},
+        "models": {"random": None},
+    }
+    with pytest.raises(MorphomeError) as caught:
+        check_config({**config, **change})
+    assert words in str(caught.value)
+    assert "Remedy" in str(caught.value)

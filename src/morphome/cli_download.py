@@ -83,7 +83,7 @@ def published(
     if not name:
         for one in published_names():
             file = published_file(one)
-            print(f"{one}: {file.what} ({file.licence})")
+            print(f"{one}: {file.what}. Licence: {file.licence}. Cite: {file.cite}.")
         return
     run_published(name=name, out=PUBLISHED / name, **_mirror(config))
 

@@ -392,3 +392,10 @@ def test_the_room_imports_no_science(loaded_by):
     loaded = loaded_by("morphome.download.manifest")
     assert not loaded & {"numpy", "pandas", "torch", "h5py"}
     assert "httpx" not in loaded_by("morphome.download.listing")
+
+
+def test_a_folder_that_holds_none_of_the_files_is_refused(server, tmp_path):
+    """Who names a folder of slides does not want them fetched."""
+    (tmp_path / "wrong").mkdir()
+    with pytest.raises(MorphomeError, match=r"gdc\.have\[0\]: none of the \d+ files"):
+        run(server, have=[str(tmp_path / "wrong")])

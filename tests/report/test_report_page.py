@@ -200,7 +200,7 @@ def test_flow_diagram_shows_starts_losses_and_the_end(complete):
         ("start", 12, "slides", "listed", ["file found"]),
         ("loss", 8, "patients", "with a slide", ["time above zero"]),
         ("loss", 11, "slides", "with features", []),
-        ("end", 40, "patients", f"analysed, {data.n_events} events", ["RNA"]),
+        ("end", 40, "patients", f"analysed, {data.n_events} events, 40 slides", ["RNA"]),
     ]
     assert "checked: RNA; none left out" in text
 

@@ -17,7 +17,10 @@ from morphome.download.query import LeftOut, release_number, release_text
 from morphome.errors import MorphomeError
 
 #: Said beside every manifest of a fixed release that is not the server's.
-WITHDRAWN = "files that the GDC has withdrawn since this release are not found by a search"
+WITHDRAWN = (
+    "files that the GDC has withdrawn since this release are not found by a search, and clinical.tsv is the GDC's of "
+    "the day it was asked: a release pins files only"
+)
 
 
 def pinned_release(wanted: object, status: dict[str, Any]) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -19,6 +19,8 @@ MOST_SITES, MOST_GROUPS = 15, 30
 #: Excluded ids that a box of the flow lists.
 MOST_IDS = 40
 _PANELS = {**tables.PANELS, "expression": "expression for encoders"}
+#: Formats that are files of the GDC, where the run asked it.
+_OF_GDC = ("star_counts", "maf", "gdc_gene_level")
 _ROLES = {"clinical": "outcomes", "covariates": "covariates", "slides": "slides", "source": "source"}
 
 
@@ -32,7 +34,10 @@ def flow(data: ReportData) -> list[dict[str, Any]]:
     """
     boxes: list[dict[str, Any]] = []
     started: set[str] = set()
-    end = _box("end", "patients", data.n_patients, f"analysed, {fmt.plural(data.n_events, 'event')}")
+    told = f"analysed, {fmt.plural(data.n_events, 'event')}"
+    if "n_slides" in data.patients and (n_slides := int(data.patients["n_slides"].sum())):
+        told += f", {fmt.plural(n_slides, 'slide')}"
+    end = _box("end", "patients", data.n_patients, told)
     steps = list(zip(data.flow, tables.flow(data).itertuples(), strict=True))
     boxes += [_records(step, row) for step, row in steps if row.unit == "records" and row.excluded]
     steps = [(step, row) for step, row in steps if row.unit != "records"]
@@ -112,7 +117,7 @@ def sources(data: ReportData, table: pd.DataFrame) -> dict[str, Any]:
         view.add(
             [
                 _marked(view, label, data.panels[row.table] if row.kind == "panel" else {}),
-                _under(_path(row.source), row.format),
+                _under("GDC" if row.format in _OF_GDC and data.query else _path(row.source), row.format),
                 "" if pd.isna(row.files) else fmt.count(row.files),
                 people,
                 "" if pd.isna(row.genes) else fmt.count(row.genes),
@@ -169,6 +174,8 @@ def _gdc(data: ReportData) -> list[str]:
     release, projects = _text(query.get("data_release")), [str(p) for p in query.get("projects") or []]
     told = f"{words.listed(projects) or 'The files'} of the Genomic Data Commons"
     told += f", data release {release}" if release else ""
+    api = _text(query.get("api"))
+    told += f", from {api}" if api and "api.gdc.cancer.gov" not in api else ""
     if query.get("time"):
         told += f", asked {words.moment(query['time'])}"
     newer = _text(query.get("server_release"))

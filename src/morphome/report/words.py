@@ -70,6 +70,7 @@ READERS = {
 #: What the values of a molecular table are, by its value type.
 VALUE_TYPES = {
     "log2_tpm_plus_1": "logarithms",
+    "log2_plus_1": "logarithms",
     "tpm": "TPM",
     "counts": "read counts",
     "zscore": "z-scores",
