@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from morphome.errors import MorphomeError
-from morphome.genomics.gdc_files import choose_coded_files, choose_files
+from morphome.genomics.gdc_files import choose_files
 from morphome.genomics.sources import read_panel
 
 HEADER = "File ID\tFile Name\tData Category\tData Type\tProject ID\tCase ID\tSample ID\tSample Type\n"
@@ -86,9 +86,9 @@ def test_a_file_of_two_tumour_samples_ranks_by_its_better_one(tmp_path):
     folder.add("u2", "x.tsv", pair, "TCGA-05-0001-06A, TCGA-05-0001-01A", star(("ENSG1.1", "G", "3")))
     folder.add("u3", "x.tsv", "TCGA-05-0001", "TCGA-05-0001-06A", star(("ENSG1.1", "G", "7")))
     assert folder.read("rna", "star_counts").values.tolist() == [[2]]  # u2: its 01A comes before 01B
-    coded, _ = choose_coded_files("star_counts", tmp_path, folder.sheet, "molecular.rna")
+    coded, _ = choose_files("star_counts", tmp_path, folder.sheet, "molecular.rna")
     assert coded == {"TCGA-05-0001": (tmp_path / "u2" / "x.tsv", "01")}
-    coded, _ = choose_coded_files("star_counts", tmp_path, folder.sheet, "molecular.rna", codes=("06", "01"))
+    coded, _ = choose_files("star_counts", tmp_path, folder.sheet, "molecular.rna", codes=("06", "01"))
     assert coded == {"TCGA-05-0001": (tmp_path / "u2" / "x.tsv", "06")}  # the smaller File ID of two 06A
 
 
@@ -217,5 +217,6 @@ def test_several_patients_in_one_file_are_left_out(tmp_path):
     folder = Folder(tmp_path, RNA)
     folder.add("u1", "a.tsv", "TCGA-05-0001", "TCGA-05-0001-01A", star(A))
     folder.add("u2", "b.tsv", "TCGA-05-0001, TCGA-05-0002", "", star(A))
-    files, left_out = choose_files("star_counts", tmp_path, folder.sheet, "molecular.rna")
+    coded, left_out = choose_files("star_counts", tmp_path, folder.sheet, "molecular.rna")
+    files = {patient: file for patient, (file, _) in coded.items()}
     assert list(files) == ["TCGA-05-0001"] and left_out == {"several patients in one file": 1}

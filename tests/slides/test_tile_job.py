@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import h5py
 import pytest
 
 from morphome.slides.tile_job import TileJob, run_tiles
@@ -72,3 +73,23 @@ def test_a_slide_that_failed_is_tried_again(job, tmp_path):
         record = one(job("B", broken))
         assert record["status"] == "failed"
         assert not record["skipped"]
+
+
+def test_a_slide_that_opened_and_gave_too_few_tiles_is_tried_again(job):
+    for _ in range(2):
+        record = one(job(min_tiles=10_000))
+        assert record["reason_code"] == "too_few_tiles"
+        assert not record["skipped"]
+
+
+def test_a_tile_file_of_other_tiles_is_written_again(job, tmp_path):
+    first = one(job())
+    with h5py.File(tmp_path / "S.h5", "r+") as handle:
+        coords = handle["coords"][1:]
+        attrs = dict(handle["coords"].attrs)
+        del handle["coords"]
+        handle["coords"] = coords
+        handle["coords"].attrs.update(attrs)
+    second = one(job())
+    assert not second["skipped"]
+    assert second["n_tiles"] == first["n_tiles"]

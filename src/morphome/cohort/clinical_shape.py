@@ -77,16 +77,8 @@ def shape(ids: pd.Series, **columns: Any) -> pd.DataFrame:
 
 def numbers(table: pd.DataFrame, name: str, path: Path, ids: str) -> pd.Series:
     """Column as float64; a word that is neither a number nor a missing word is an error naming the patient."""
-    values = np.full(len(table), np.nan)
-    for row, cell in enumerate(table[name]):
-        try:
-            values[row] = number(cell)
-        except ValueError:
-            raise MorphomeError(
-                f"{path}: '{cell}' in column '{name}' (patient {table[ids].iloc[row]}) is not a number",
-                "correct the cell, or leave it empty when the value is missing",
-            ) from None
-    return pd.Series(values, index=table.index)
+    remedy = "correct the cell, or leave it empty when the value is missing"
+    return _read(table, name, path, ids, number, "a number", remedy)
 
 
 def events(
@@ -104,14 +96,20 @@ def events(
             (:func:`status_of`).
     """
     rule, more = _READINGS[reading]
+    return _read(table, name, path, ids, rule, "0 or 1", f"code as {code}; {more}")
+
+
+def _read(
+    table: pd.DataFrame, name: str, path: Path, ids: str, rule: Callable[[object], float], wanted: str, remedy: str
+) -> pd.Series:
+    """Every cell of a column by ``rule``; one that it refuses is an error naming the file, column and patient."""
     values = np.full(len(table), np.nan)
     for row, cell in enumerate(table[name]):
         try:
             values[row] = rule(cell)
         except ValueError:
             raise MorphomeError(
-                f"{path}: '{cell}' in column '{name}' (patient {table[ids].iloc[row]}) is not 0 or 1",
-                f"code as {code}; {more}",
+                f"{path}: '{cell}' in column '{name}' (patient {table[ids].iloc[row]}) is not {wanted}", remedy
             ) from None
     return pd.Series(values, index=table.index)
 

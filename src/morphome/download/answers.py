@@ -15,6 +15,7 @@ from morphome.errors import MorphomeError
 
 #: A server that asks for a longer pause (Retry-After) gets this one.
 MOST_RETRY_AFTER_S = 120.0
+_START_BYTES = 4096
 
 
 def retry_after_s(answer: httpx.Response) -> float | None:
@@ -32,18 +33,27 @@ def retry_after_s(answer: httpx.Response) -> float | None:
 
 
 def server_message(answer: httpx.Response) -> str:
-    """What the server says in the body of an error: a JSON "message", or the text without markup; 200 letters."""
+    """What the server says in the body of an answer that is read as a stream; only its start is read."""
     body = b""
     for chunk in answer.iter_raw():
         body += chunk
-        if len(body) > 4096:
+        if len(body) > _START_BYTES:
             break
-    text = body.decode("utf-8", "replace")
+    return message_in(body, answer.reason_phrase)
+
+
+def message_in(body: bytes, otherwise: str) -> str:
+    """What the start of a body says: a JSON "message", or the text without markup; 200 letters.
+
+    Args:
+        otherwise: for a body without any text.
+    """
+    text = body[:_START_BYTES].decode("utf-8", "replace")
     with contextlib.suppress(ValueError):
         content = json.loads(text)
         text = str(content.get("message") or content) if isinstance(content, dict) else str(content)
     text = re.sub(r"<(script|style).*?</\1>|<[^>]*>", " ", text, flags=re.DOTALL | re.IGNORECASE)
-    return " ".join(text.split())[:200] or answer.reason_phrase or "(no text)"
+    return " ".join(text.split())[:200] or otherwise or "(no text)"
 
 
 def refused(file: RemoteFile, answer: httpx.Response) -> MorphomeError:

@@ -17,10 +17,10 @@ import httpx
 import tenacity
 
 from morphome import __version__
-from morphome.download.answers import retry_after_s
+from morphome.download.answers import message_in, retry_after_s
+from morphome.download.listing import GDC_API
 from morphome.errors import MorphomeError, MorphomeWarning
 
-API = "https://api.gdc.cancer.gov"
 #: Wait before the second attempt; it doubles from attempt to attempt up to the longest, with a jitter of half.
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 #: Versions asked for at once: the ids go into one body.
@@ -49,16 +49,6 @@ def wait_s(state: tenacity.RetryCallState) -> float:
     return min(grown, LONGEST_WAIT_S) * random.uniform(0.5, 1.5)
 
 
-def _message(answer: httpx.Response) -> str:
-    """What the server says about a refusal: its JSON ``message``, else the start of the text."""
-    try:
-        content = answer.json()
-    except ValueError:
-        content = None
-    message = content.get("message") if isinstance(content, dict) else None
-    return " ".join(str(message or answer.text).split())[:300]
-
-
 class Gdc:
     """The API at ``url``; a context manager, as it holds connections.
 
@@ -73,11 +63,11 @@ class Gdc:
     """
 
     def __init__(
-        self, url: str = API, *, timeout_s: float = 60, attempts: int = 6, client: httpx.Client | None = None
+        self, url: str = GDC_API, *, timeout_s: float = 60, attempts: int = 6, client: httpx.Client | None = None
     ) -> None:
         self.url = str(url).rstrip("/")
         if not re.match(r"https?://[^/\s]+", self.url):
-            raise MorphomeError(f"gdc.api: '{url}' is no address", f"an address looks like {API}")
+            raise MorphomeError(f"gdc.api: '{url}' is no address", f"an address looks like {GDC_API}")
         self.attempts = attempts
         self._own = client is None
         self._client = client or httpx.Client(timeout=timeout_s, headers={"User-Agent": f"morphome/{__version__}"})
@@ -196,8 +186,9 @@ class Gdc:
             answer = self._client.request(method, self.url + path, json=body, follow_redirects=False)
         except httpx.RequestError as error:
             raise _Again(f"{type(error).__name__}: {error}") from None
+        said = f"{answer.status_code}: {message_in(answer.content, answer.reason_phrase)}"
         if answer.status_code == 429 or answer.status_code >= 500:
-            raise _Again(f"{answer.status_code}: {_message(answer)}", retry_after_s(answer))
+            raise _Again(said, retry_after_s(answer))
         if answer.is_redirect:
             raise MorphomeError(
                 f"{self.url}{path}: the server points to {answer.headers.get('Location')}",
@@ -205,7 +196,7 @@ class Gdc:
             )
         if answer.status_code >= 400:
             raise MorphomeError(
-                f"{self.url}{path}: the server refused with {answer.status_code}: {_message(answer)}",
+                f"{self.url}{path}: the server refused with {said}",
                 "check gdc.api and gdc.projects; when both are right, the API has changed: please report it",
             )
         try:
@@ -215,7 +206,7 @@ class Gdc:
             raise _Again(f"no JSON but {kind}: {' '.join(answer.text.split())[:80]}") from None
 
     def _no_gdc(self, path: str, why: str) -> MorphomeError:
-        return MorphomeError(f"{self.url}{path}: {why}", f"check gdc.api (the GDC is {API})")
+        return MorphomeError(f"{self.url}{path}: {why}", f"check gdc.api (the GDC is {GDC_API})")
 
     def _unfit(self, endpoint: str, why: str) -> MorphomeError:
         return MorphomeError(

@@ -18,6 +18,8 @@ from pathlib import Path
 from morphome.errors import MorphomeError
 from morphome.files import write_text
 
+#: Where the GDC answers, unless the configuration says otherwise (gdc.api).
+GDC_API = "https://api.gdc.cancer.gov"
 #: What a run can take from the GDC.
 KINDS = ("slides", "rna", "mut", "cnv")
 #: Formats of molecular tables that are files of the GDC, and the kind of file that each reads.

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 
+from morphome.download.listing import GDC_API
 from morphome.download.remote import RemoteFile, system_error, wrong_checksum
 from morphome.errors import MorphomeError
 
@@ -93,7 +94,7 @@ def run_published(
     *,
     name: str,
     out: Path,
-    api: str = "https://api.gdc.cancer.gov",
+    api: str = GDC_API,
     attempts: int = 5,
     say: Callable[[str], object] = print,
 ) -> None:

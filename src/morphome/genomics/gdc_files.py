@@ -48,19 +48,6 @@ def choose_files(
     setting: str,
     workflow: str | None = None,
     codes: Sequence[str] = TUMOUR_CODES,
-) -> tuple[dict[str, Path], dict[str, int]]:
-    """As :func:`choose_coded_files`, without the sample codes."""
-    found, left_out = choose_coded_files(format_name, path, sheet, setting, workflow, codes)
-    return {patient: file for patient, (file, _) in found.items()}, left_out
-
-
-def choose_coded_files(
-    format_name: str,
-    path: Path,
-    sheet: Path | None,
-    setting: str,
-    workflow: str | None = None,
-    codes: Sequence[str] = TUMOUR_CODES,
 ) -> tuple[dict[str, tuple[Path, str]], dict[str, int]]:
     """One file per patient by the rule of this module.
 

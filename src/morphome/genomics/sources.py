@@ -15,7 +15,7 @@ from morphome.genomics.cbioportal import read_cbioportal
 from morphome.genomics.consequences import consequences
 from morphome.genomics.gdc_files import (
     STAR_VALUES,
-    choose_coded_files,
+    choose_files,
     read_gene_level,
     read_star_counts,
     rule_for_files,
@@ -99,7 +99,7 @@ def _read(panel: str, table: Mapping[str, Any], sheet: Path | None, codes: Seque
         raise MorphomeError(
             f"{path}: not a folder ({setting}.path)", f"format {format_name} reads a folder of GDC files"
         )
-    coded, left_out = choose_coded_files(format_name, path, sheet, setting, table.get("workflow"), codes)
+    coded, left_out = choose_files(format_name, path, sheet, setting, table.get("workflow"), codes)
     files = {patient: file for patient, (file, _) in coded.items()}
     if format_name == "star_counts":
         found = read_star_counts(files, values)
