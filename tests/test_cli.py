@@ -21,7 +21,7 @@ def test_help_lists_the_steps_in_the_order_of_the_data():
     text = runner.invoke(app, ["--help"]).output
     commands = re.findall(r"^│ (\w+)  ", text, re.MULTILINE)
     steps = [step for step in STEPS if step != "import"]
-    assert commands == ["check", *steps, "encoders", "features", "bench"]
+    assert commands == ["check", *steps, "models", "encoders", "features", "bench"]
 
 
 def test_check_says_where_the_report_will_be(repository, monkeypatch):
@@ -65,3 +65,13 @@ def test_the_readmes_table_names_every_model(repository):
 
     rows = re.findall(r"^\| `(\w+)` \|", (repository / "README.md").read_text(), re.MULTILINE)
     assert set(MODELS) <= set(rows)
+
+
+def test_models_are_listed_with_what_they_see(repository):
+    text = runner.invoke(app, ["models"]).output
+    for line in (
+        "mome: MoME (sees gene groups, slides)",
+        "snn: SNN (sees genes)",
+        "random: Random score (sees nothing)",
+    ):
+        assert line in text

@@ -166,6 +166,8 @@ def test_presets_are_valid_but_for_their_files(repository):
             "{gdc_files}",
         ),
         ({"gdc": {"projects": ["TCGA-HNSC"], "pinned": "results/own/gdc"}}, "this run's own list"),
+        ({"gdc": {"projects": ["TCGA-HNSC"], "folder": "results/own/gdc/slides"}}, "gdc.folder: lies in"),
+        ({"gdc": {"projects": ["TCGA-HNSC"], "have": ["."]}}, "gdc.have[0]: . holds"),
         ({"cohort": {"clinical": {"format": "gdc_clinical", "path": "."}, "endpoint": "DSS"}}, "holds OS only"),
         ({"cohort": {"clinical": {"format": "csv", "path": "{gdc}/clinical.tsv"}}}, "only where the configuration has"),
     ],

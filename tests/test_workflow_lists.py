@@ -9,7 +9,7 @@ import yaml
 
 from morphome.config import check_config
 from morphome.errors import MorphomeError
-from morphome.workflow import fetched_weights, gdc_kinds, molecular_files, slide_jobs, slide_paths
+from morphome.workflow import fetched_weights, gdc_kinds, molecular_files, slide_jobs, slide_paths, slides_from_gdc
 
 
 @pytest.fixture
@@ -37,7 +37,12 @@ def test_kinds_are_what_the_panels_read_from_the_gdc(preset):
     cohort = {**preset()["cohort"], "require": ["wsi"]}
     assert gdc_kinds(preset(molecular=only, models=few, cohort=cohort)) == ["slides", "rna"]
     external = {"source": "external", "path": "bags"}
-    assert gdc_kinds(preset(molecular=only, models=few, cohort=cohort, features=external)) == ["rna"]
+    assert gdc_kinds(preset(molecular=only, models=few, cohort=cohort, features=external, slides={})) == ["rna"]
+    # The GDC's sheet may say whose slides ready-made features are of: listed, not fetched.
+    listed = preset(molecular=only, models=few, cohort=cohort, features=external)
+    assert gdc_kinds(listed) == ["slides", "rna"]
+    assert not slides_from_gdc(listed)
+    assert slide_paths(listed) == {}
 
 
 def test_tables_of_the_gdc_stand_for_the_lists_of_what_was_fetched(preset):

@@ -379,6 +379,9 @@ def report(config: Config = DEFAULT) -> None:
     print(f"report: {paths.report.resolve()}")
 
 
+step(TOOLS)(cli_tools.models)
+
+
 def main() -> None:
     """Entry point of ``morphome`` and ``python -m morphome``."""
     # One thread, unless the user or --threads says otherwise: jobs run side by side, and two busy processes with two

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from morphome.cli_base import DEFAULT, Config, Run
 from morphome.errors import MorphomeError
+from morphome.files import settings_hash
 from morphome.paths import PUBLISHED
 from morphome.workflow import gdc_kinds, slide_jobs, slide_paths, slide_rows
 
@@ -20,8 +22,20 @@ def manifest(config: Config = DEFAULT) -> None:
     from morphome.download.manifest import run_manifest
 
     run = Run(config)
-    gdc, kinds = _gdc(run, config), gdc_kinds(run.config)
-    run_manifest(settings=run.settings("manifest"), gdc=gdc, kinds=kinds, out=run.paths.gdc)
+    gdc, settings = _gdc(run, config), run.settings("manifest")
+    earlier = sorted(run.paths.gdc_list("*").parent.glob("*"), key=lambda folder: folder.stat().st_mtime)
+    try:
+        run_manifest(settings=settings, gdc=gdc, kinds=gdc_kinds(run.config), out=run.paths.gdc)
+    except MorphomeError as error:
+        if not earlier:
+            raise
+        remedy = f"{error.remedy}; the list of before is in {earlier[-1]}, and gdc.pinned keeps to a copy of it"
+        raise MorphomeError(error.problem, remedy) from None
+    # Snakemake deletes the tables before it asks again, whether or not the GDC answers.
+    kept = run.paths.gdc_list(settings_hash(settings))
+    kept.mkdir(parents=True, exist_ok=True)
+    for table in run.paths.gdc_tables:
+        shutil.copyfile(table, kept / table.name)
 
 
 def fetch(
@@ -33,12 +47,13 @@ def fetch(
     """Fetch slides or molecular files of the manifest. Files that are there are passed over, broken ones resumed."""
     from morphome.download.fetch import run_fetch
     from morphome.download.listing import read_manifest
-    from morphome.download.transfer import RemoteFile
+    from morphome.download.remote import RemoteFile
 
     run = Run(config)
     gdc = _gdc(run, config)
     if (job is None) == (panel is None):
         raise MorphomeError("fetch: give either --job or --panel", "--job 1, or --panel rna")
+    run.made(run.paths.gdc_query, "morphome.gdc_query", "manifest")
     listed = read_manifest(run.paths.gdc_manifest)
     kinds = gdc_kinds(run.config)
     if panel is not None:

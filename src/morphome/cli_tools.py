@@ -190,3 +190,18 @@ def _print_facts(facts: Mapping[str, Any]) -> None:
 def _print_json(result: Mapping[str, Any]) -> None:
     json.dump(result, sys.stdout, indent=1, ensure_ascii=False, default=str)
     print()
+
+
+def models() -> None:
+    """The models that a configuration can name: what each sees, its settings with their defaults, and its paper."""
+    from morphome.config import schema
+    from morphome.models.registry import MODELS
+
+    words = {"path": "slides", "omic_groups": "gene groups", "omic_all": "genes", "panels": "genes"}
+    for key, row in MODELS.items():
+        sees = ", ".join(sorted(words.get(need, need) for need in row.needs)) or "nothing"
+        properties = schema()["$defs"]["models"][key]["properties"]
+        defaults = ", ".join(f"{name}: {part['default']}" for name, part in properties.items())
+        print(f"{key}: {row.title} (sees {sees}). {row.reference}")
+        if defaults:
+            print(f"    {defaults}")

@@ -20,13 +20,15 @@ from morphome.errors import MorphomeError
 from morphome.features.fit import encoder_problems
 from morphome.paths import PANELS, PUBLISHED, Paths
 
-SCHEMA_PATH = Path(__file__).parent / "schemas" / "config.schema.yaml"
+SCHEMAS = Path(__file__).parent / "schemas"
 
 
 @functools.cache
 def schema() -> dict[str, Any]:
-    """The JSON schema of the configuration; the only place of its defaults."""
-    return yaml.safe_load(SCHEMA_PATH.read_text(encoding="utf-8"))
+    """The JSON schema of the configuration, with that of each model in ``$defs``; the only place of its defaults."""
+    whole = yaml.safe_load((SCHEMAS / "config.schema.yaml").read_text(encoding="utf-8"))
+    whole["$defs"]["models"] = yaml.safe_load((SCHEMAS / "models.schema.yaml").read_text(encoding="utf-8"))
+    return whole
 
 
 #: Keys of a molecular table that only some formats read.
@@ -215,7 +217,16 @@ def _contradictions(full: Mapping[str, Any]) -> list[str]:
     if needs_sheet and "sheet" not in full["slides"]:
         remedy = "{gdc}/sample_sheet.tsv" if "gdc" in full else "a TSV with slide_id, patient_id, path"
         problems.append(f"slides.sheet: needed to encode slides. Remedy: {remedy}")
-    if "gdc" in full and full["slides"].get("sheet") == str(Paths(full).gdc_sheet):
+    if "gdc" in full:
+        own = Paths(full).gdc.resolve()
+        for key, place in named_files(full).items():
+            if key.startswith("gdc.have") and (
+                own.is_relative_to(place.resolve()) or place.resolve().is_relative_to(own)
+            ):
+                problems.append(f"{key}: {place} holds this run's own gdc folder. Remedy: name the folder of the files")
+        if Path(full["gdc"]["folder"]).resolve().is_relative_to(own):
+            problems.append("gdc.folder: lies in this run's own gdc folder. Remedy: a folder of its own, resources/gdc")
+    if needs_sheet and "gdc" in full and full["slides"].get("sheet") == str(Paths(full).gdc_sheet):
         folder = full["slides"].get("folder")
         if folder != full["gdc"]["folder"]:
             problems.append(f"slides.folder: {folder} is not where the GDC's slides go. Remedy: {{gdc_files}}")
@@ -255,6 +266,11 @@ def _contradictions(full: Mapping[str, Any]) -> list[str]:
             problems.append(
                 f"models.{name}: sees slides, but cohort.require does not list 'wsi'. "
                 "Remedy: add 'wsi' to cohort.require or take the model out"
+            )
+        if "omic_all" in needs and not {"rna", "mut", "cnv"} & set(molecular):
+            problems.append(
+                f"models.{name}: needs molecular columns, and no table is configured. "
+                "Remedy: add molecular.rna, .mut or .cnv, or take the model out"
             )
         tables = list(entry["settings"]["panels"]) if "panels" in needs else []
         for need in [*tables, *(["groups"] if "omic_groups" in needs else [])]:

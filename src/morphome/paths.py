@@ -75,6 +75,10 @@ class Paths:
     def gdc_tables(self) -> list[Path]:
         return [self.gdc / name for name in GDC_TABLES]
 
+    def gdc_list(self, content_hash: str) -> Path:
+        """Copy of the GDC's answer to one question, which stays when another one fails."""
+        return self.gdc / "lists" / content_hash
+
     @property
     def gdc_query(self) -> Path:
         return self.gdc / "query.json"

@@ -1,4 +1,4 @@
-"""The one door to scikit-survival: Cox fits, concordance, time-dependent AUC, Brier score, Kaplan-Meier.
+"""The one door to scikit-survival: Cox and forest fits, concordance, time-dependent AUC, Brier score, Kaplan-Meier.
 
 Numpy in, numpy out. ``time`` is in any one unit (months in this package), ``event`` is 1 where it happened, a
 higher ``risk`` is worse. A number that cannot be computed is NaN with a reason, never an exception.
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 from sksurv.compare import compare_survival
+from sksurv.ensemble import RandomSurvivalForest
 from sksurv.linear_model import CoxnetSurvivalAnalysis, CoxPHSurvivalAnalysis
 from sksurv.linear_model.coxph import BreslowEstimator
 from sksurv.metrics import concordance_index_censored, concordance_index_ipcw, cumulative_dynamic_auc
@@ -29,6 +30,8 @@ from morphome.errors import MorphomeError
 
 #: Risks closer than this are ties.
 TIED_TOLERANCE = 1e-8
+#: Trees grown at a time: until its few jumps are taken out, every node holds two curves over all training times.
+TREES_AT_A_TIME = 25
 
 
 class Metric(NamedTuple):
@@ -184,6 +187,71 @@ def fit_coxnet(
         "the elastic-net Cox model has no finite solution for any penalty tried",
         "check the molecular table for extreme values, or clip it",
     )
+
+
+def fit_survival_forest(
+    X: ArrayLike, time: ArrayLike, event: ArrayLike, *, trees: int, min_leaf: int, seed: int
+) -> dict[str, np.ndarray]:
+    """Random survival forest: bootstrap trees, log-rank splits among √p columns (Ishwaran et al. 2008, AoAS 2:841).
+
+    Args:
+        X: (n, p), finite; time: (n,); event: (n,).
+        min_leaf: least number of different patients in a leaf; seed: decides every draw.
+
+    Returns:
+        The arrays of :class:`morphome.training.forest.SurvivalForest`, by name.
+
+    Raises:
+        MorphomeError: no event.
+    """
+    X = np.asarray(X, dtype=np.float64)
+    time, event = _outcome(time, event)
+    if not event.any():
+        raise MorphomeError(
+            f"a survival forest cannot be grown: none of {len(time)} training patients has an event",
+            "use fewer folds, another end point, or more patients",
+        )
+    draws = np.random.default_rng(seed)
+    event_times = np.unique(time[event])
+    # A censoring counts as at the last event before it: the same patients at risk at every event, so the same splits
+    # and curves, on a shorter list of times. Those before the first event are at risk at none.
+    place = np.searchsorted(event_times, time, side="right") - 1
+    outcome = _surv(np.where(place >= 0, event_times[place], 0.5 * event_times[0]), event)
+    parts: dict[str, list[np.ndarray]] = {}
+    start = 0
+    for first in range(0, trees, TREES_AT_A_TIME):
+        forest = RandomSurvivalForest(
+            n_estimators=min(TREES_AT_A_TIME, trees - first),
+            min_samples_leaf=min_leaf,
+            max_features="sqrt",
+            random_state=int(draws.integers(2**31)),
+            n_jobs=1,
+        ).fit(X, outcome)
+        at = np.searchsorted(forest.unique_times_, event_times)
+        for grown in forest.estimators_:
+            tree = grown.tree_
+            leaf = np.asarray(tree.children_left) < 0
+            hazard = np.where(leaf[:, None], np.asarray(tree.value)[:, at, 0], 0.0)
+            rise = np.diff(hazard, axis=1, prepend=0.0)
+            node, place = np.nonzero(rise)
+            found = {
+                "root": np.array([start]),
+                "left": np.where(leaf, -1, tree.children_left + start),
+                "right": np.where(leaf, -1, tree.children_right + start),
+                # The library marks leaves by a negative column.
+                "feature": np.where(leaf, 0, tree.feature),
+                "threshold": np.where(leaf, 0.0, tree.threshold),
+                "jump_node": node + start,
+                "jump_time": place,
+                "jump": rise[node, place],
+            }
+            for name, values in found.items():
+                parts.setdefault(name, []).append(np.asarray(values))
+            start += len(leaf)
+    joined = {name: np.concatenate(values) for name, values in parts.items()}
+    return {name: v.astype(np.int64) if v.dtype.kind == "i" else v for name, v in joined.items()} | {
+        "event_times": event_times
+    }
 
 
 def breslow(risk: ArrayLike, time: ArrayLike, event: ArrayLike) -> tuple[np.ndarray, np.ndarray]:

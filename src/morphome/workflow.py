@@ -28,9 +28,7 @@ def slide_rows(config: Mapping[str, Any]) -> list[SlideRow]:
 
 def slides_from_gdc(config: Mapping[str, Any]) -> bool:
     """Whether the slides are those of the GDC's sheet, and not of a sheet or features of the user's own."""
-    sheet = config["slides"].get("sheet")
-    encoded = config["features"]["source"] == "encode"
-    return "gdc" in config and encoded and sheet is not None and Path(sheet) == Paths(config).gdc_sheet
+    return "slides" in gdc_kinds(config) and config["features"]["source"] == "encode"
 
 
 def slide_paths(config: Mapping[str, Any]) -> dict[str, Path]:
@@ -79,8 +77,8 @@ def gdc_kinds(config: Mapping[str, Any]) -> list[str]:
     if "gdc" not in config:
         return []
     wanted = {KIND_OF_FORMAT[table["format"]] for table in config["molecular"].values() if _from_gdc(config, table)}
-    if slides_from_gdc(config):
-        wanted.add("slides")
+    if config["slides"].get("sheet") == str(Paths(config).gdc_sheet):
+        wanted.add("slides")  # listed; with features from elsewhere none is fetched
     return [kind for kind in KINDS if kind in wanted]
 
 

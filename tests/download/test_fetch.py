@@ -63,7 +63,7 @@ def quiet(line: str) -> None:
 def test_all_come_and_the_record_says_so(cohort, tmp_path: Path) -> None:
     server, files = cohort(tmp_path / "gdc", {1: ["503"], 2: ["cut:7"], 3: ["corrupt"]})
     out, said = tmp_path / "fetched.json", []
-    run_fetch(files=[*files, files[0]], out=out, settings=SETTINGS, say=said.append)
+    run_fetch(files=files, out=out, settings=SETTINGS, say=said.append)
     assert all(right(file) for file in files)
     record = read_json(out, FETCHED_FORMAT, SETTINGS)
     names = sorted(file.target.name for file in files)
@@ -152,14 +152,6 @@ def test_a_disk_that_runs_full_stops_the_rest(cohort, tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "fsync", real)
     run_fetch(files=files, out=tmp_path / "out.json", settings=SETTINGS, say=quiet)
     assert all(right(file) for file in files)
-
-
-def test_two_files_of_one_name_are_refused(cohort, tmp_path: Path) -> None:
-    server, files = cohort(tmp_path / "gdc")
-    twin = RemoteFile(files[1].url, files[0].target, files[1].size, files[1].md5)
-    with pytest.raises(MorphomeError, match="two different files would get this name"):
-        run_fetch(files=[files[0], twin], out=tmp_path / "out.json", settings=SETTINGS, say=quiet)
-    assert server.log == []
 
 
 def test_several_at_a_time_and_a_limit_for_all(cohort, tmp_path: Path) -> None:

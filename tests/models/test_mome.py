@@ -283,3 +283,104 @@ def test_nothing_but_the_unused_norm_is_left_untrained():
     untrained = [name for name, p in make().named_parameters() if not p.requires_grad]
     assert len(untrained) == 4 and all(name.endswith("unused_norm.weight") for name in untrained)
     assert mome.ROUTERS[0] == "straight_through"
+
+
+SKIPS = ("moe_skip", "both")
+
+
+@pytest.mark.parametrize("router", ["straight_through", "soft", "switch", "random", "fixed:AddFusion"])
+@pytest.mark.parametrize("residual", SKIPS)
+def test_a_learned_scale_starts_as_the_identity_in_all_four_layers(router, residual):
+    model = make(router=router, residual=residual, residual_scale="learned")
+    p0, g0 = model.eval().encode(patient())
+    p2, g2, _, _ = model.fuse(p0, g0)
+    assert torch.equal(p2, p0) and torch.equal(g2, g0)
+    chosen = backward(model.train(), patient())
+    assert [layer.scale.shape for layer in model.layers.values()] == [torch.Size([])] * 4
+    # an expert that was dropped adds nothing, whatever its scale
+    for name, layer in model.layers.items():
+        dropped = router != "soft" and chosen[name] == EXPERTS.index("DropX2Fusion")
+        assert bool(layer.scale.grad != 0) != dropped, name
+
+
+def test_a_learned_scale_opens_the_way_to_gate_and_experts():
+    model = make(router="soft", residual="moe_skip", residual_scale="learned")
+    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for seed in range(3):
+        optimiser.zero_grad()
+        backward(model, patient(seed=seed))
+        optimiser.step()
+    for name, p in model.named_parameters():
+        assert not p.requires_grad or bool((p.grad != 0).any()), name
+
+
+@pytest.mark.parametrize("router", ["soft", "switch", "straight_through"])
+def test_the_skip_around_an_expert_layer_adds_x_once(router):
+    layer = make(router=router, residual="moe_skip").eval().layers["path1"]
+    for _ in range(40):  # several draws, so that the dropped expert is met too
+        torch.nn.init.normal_(layer.gate.classifier.weight, std=0.3)
+        x, ref = torch.randn(7, 16), torch.randn(3, 16)
+        with torch.no_grad():
+            y, chosen, pi = layer(x, ref)
+            outputs = torch.stack([layer.experts[e](x, ref) for e in EXPERTS[:3]] + [torch.zeros_like(x)])
+        added = {"soft": torch.einsum("e,end->nd", pi, outputs), "switch": pi[chosen] * outputs[chosen]}
+        torch.testing.assert_close(y, x + added.get(router, outputs[chosen]), atol=1e-5, rtol=1e-5)
+
+
+def test_the_skip_with_the_dropping_expert_is_x_not_twice_x():
+    model = make(router="fixed:DropX2Fusion", residual="moe_skip").eval()
+    with torch.no_grad():
+        p0, g0 = model.encode(patient())
+        p2, g2, _, _ = model.fuse(p0, g0)
+    assert torch.equal(p2, p0) and torch.equal(g2, g0)
+
+
+def test_straight_through_skip_trains_the_gate_with_the_values_of_the_experts():
+    model = make(residual="moe_skip", dropout=0.0, attention_dropout=0.0)
+    layer = model.layers["path1"]
+    x, ref = torch.randn(7, 16), torch.randn(3, 16)
+    y, _, pi = layer(x, ref)
+    weight = torch.randn_like(y)
+    gradient = torch.autograd.grad((y * weight).sum(), pi)[0]
+    expected = [(weight * layer.experts[e](x, ref)).sum().item() for e in EXPERTS[:3]] + [0.0]
+    torch.testing.assert_close(gradient, torch.tensor(expected), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("residual", ["proj_skip", "both"])
+def test_skips_around_the_projections(residual):
+    model, bag = make(residual=residual).eval(), patient()
+    assert model.skip.bias is None and count(model) == count(make()) + 12 * 16
+    with torch.no_grad():
+        p0, g0 = model.encode(bag)
+        expected = model.project(bag.path) + bag.path @ model.skip.weight.T
+        rows = []
+        for first, second, x in zip(model.groups.first, model.groups.second, bag.groups, strict=True):
+            a = torch.nn.functional.elu(first(x))
+            rows.append(torch.nn.functional.elu(second(a)) + a)
+    torch.testing.assert_close(p0, expected)
+    torch.testing.assert_close(g0, torch.stack(rows))
+    names = {id(p) for parameters in model.branch_parameters().values() for p in parameters}
+    assert id(model.skip.weight) in names
+    with pytest.raises(MorphomeError, match="gene groups"):
+        model(Batch(bag.path, None, bag.groups[:2]))
+
+
+def test_no_residual_is_the_model_as_before():
+    plain, named = make(), make(residual="none", residual_scale=1)
+    assert list(plain.state_dict()) == list(named.state_dict())
+    assert not any("scale" in name or name.startswith("skip") for name in plain.state_dict())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"residual": "skip"},
+        {"residual": "both", "residual_scale": 0.5},
+        {"residual_scale": "learned"},
+        {"residual": "proj_skip", "residual_scale": "learned"},
+        {"residual": "moe_skip", "residual_scale": "learned", "router": "fixed:DropX2Fusion"},
+    ],
+)
+def test_wrong_residuals_are_refused(settings):
+    with pytest.raises(MorphomeError, match="residual"):
+        make(**settings)

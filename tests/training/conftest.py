@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from morphome.config import schema
 from morphome.files import stamp, write_json, write_parquet
 
 TRAINING = {
@@ -54,7 +55,48 @@ MODELS: dict[str, dict[str, Any]] = {
         "balance_loss": 0.1,
         "dropout": 0.25,
         "attention_dropout": 0.1,
+        "residual": "none",
+        "residual_scale": 1,
     },
+}
+#: Of the other models what makes them small; the rest are the defaults of the schema.
+SMALL: dict[str, dict[str, Any]] = {
+    "deep_sets": {"dim": 16, "head_dim": 8},
+    "clam_sb": {"dim": 16, "attention_dim": 8},
+    "clam_mb": {"dim": 16, "attention_dim": 8},
+    "dsmil": {"dim": 16, "query_dim": 8},
+    "transmil": {"dim": 16, "heads": 2, "landmarks": 4},
+    "porpoise_amil": {"dim": 16, "attention_dim": 8},
+    "snn": {"dim": 16, "layers": 4},
+    "porpoise": {"dim": 16, "attention_dim": 8, "fusion_dim": 32, "scale": 2},
+    "mcat": {"dim": 16, "heads": 2, "feedforward": 24, "attention_dim": 8},
+    "motcat": {"dim": 16, "heads": 2, "feedforward": 24, "attention_dim": 8},
+    "cmta": {"dim": 16, "gene_dim": 24, "heads": 2, "landmarks": 4},
+    "survpath": {"dim": 16, "attention_dim": 8, "head_dim": 32},
+    "mome_no_moe": {"dim": 16, "heads": 2, "landmarks": 4},
+    "mome_wsi": {"dim": 16, "heads": 2, "landmarks": 4},
+    "mome_genes": {"dim": 16, "heads": 2, "landmarks": 4},
+    "ridge_genes": {"panels": ["rna"], "ridges_per_column": [0.1, 1.0, 10.0], "inner_folds": 3, "clip": 5.0},
+    "clinical_genes": {
+        "covariates": ["age", "sex", "stage", "grade"],
+        "ridge": 1.0,
+        "panels": ["rna"],
+        "ridges_per_column": [0.1, 1.0, 10.0],
+        "inner_folds": 3,
+        "clip": 5.0,
+    },
+    "rsf": {
+        "covariates": ["age", "sex", "stage", "grade"],
+        "panels": ["rna"],
+        "components": 4,
+        "clip": 5.0,
+        "trees": 10,
+        "min_leaf": 5,
+    },
+}
+MODELS |= {
+    key: {**{name: part["default"] for name, part in schema()["$defs"]["models"][key]["properties"].items()}, **small}
+    for key, small in SMALL.items()
 }
 
 

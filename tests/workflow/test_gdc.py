@@ -154,18 +154,26 @@ def test_from_the_api_to_the_report_and_slides_deleted_on_the_way(planted, repos
         assert not list(copy.folder.rglob("*.svs"))
 
 
-def test_a_server_that_is_away_costs_no_list(planted, repository, tmp_path):
+def test_a_server_that_is_away_costs_no_list_and_is_asked_again(planted, repository, tmp_path):
     _, _, served = planted
     copy = Checkout(repository, tmp_path / "checkout")
+    molecular = {key: table for key, table in GDC["molecular"].items() if key != "mut"}
+    listed = "results/small/gdc/fetched/rna.json"
     with gdc_server.GdcServer(*served) as server:
+        configure(copy, server, molecular=molecular)
+        assert copy.snakemake(listed, "--configfile", "small.yaml").returncode == 0
+        content = (copy.folder / "results/small/gdc/manifest.tsv").read_bytes()
+        server.faults["/status"] = ["404"]
         configure(copy, server)
-        listed = "results/small/gdc/manifest.tsv"
-        assert copy.snakemake("--configfile", "small.yaml", "--cores", "1", listed).returncode == 0
-        content = (copy.folder / listed).read_bytes()
-        server.faults["/status"] = ["404", "always"]
-        configure(copy, server, gdc={"data_release": "45.0"})
-        assert copy.snakemake("--configfile", "small.yaml", "--cores", "1", listed).returncode != 0
-        assert (copy.folder / listed).read_bytes() == content
+        done = copy.snakemake(listed, "--configfile", "small.yaml")
+        assert done.returncode != 0
+        kept = next((copy.folder / "results/small/gdc/lists").iterdir())
+        assert f"gdc/lists/{kept.name}" in done.stdout
+        assert (kept / "manifest.tsv").read_bytes() == content
+        # The new question was not answered, so it is asked again.
+        assert copy.snakemake("results/small/gdc/fetched/mut.json", "--configfile", "small.yaml").returncode == 0
+        fetched = json.loads((copy.folder / "results/small/gdc/fetched/mut.json").read_text())
+        assert len(fetched["files"]) > 5
 
 
 def test_files_on_disk_are_used_where_they_are_and_never_deleted(planted, repository, tmp_path):

@@ -39,8 +39,7 @@ if "gdc" in CONFIG:
         input:
             pinned_files(CONFIG),
         output:
-            # A GDC that is away when it is asked again must not cost the list that is there.
-            [update(str(table)) for table in PATHS.gdc_tables],
+            PATHS.gdc_tables,
         log:
             PATHS.log("manifest"),
         priority: 100

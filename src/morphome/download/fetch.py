@@ -54,7 +54,7 @@ def run_fetch(
     """Fetch all files of a list and write down that they are there.
 
     Args:
-        files: in the order of fetching; a target may stand twice only with the same facts.
+        files: in the order of fetching; each has a target of its own.
         out: written when all files are there: ``{"files": [{"name", "bytes", "md5"}], "bytes"}``, by name. It holds no
             times, so that an unchanged list is an unchanged file.
         settings: what the stamp of ``out`` stands for.
@@ -66,7 +66,6 @@ def run_fetch(
         MorphomeError: too little room (before anything is fetched), or files that could not be fetched (after all
             others came); it names the first five. What came stays, what is half there is gone on with next time.
     """
-    files = _each_once(files)
     missing, failed = _missing(files)
     _require_room(missing)
     here = len(files) - len(missing) - len(failed)
@@ -82,18 +81,6 @@ def run_fetch(
         for file in sorted(files, key=lambda file: (file.target.name, file.md5))
     ]
     write_json({"files": facts, "bytes": sum(fact["bytes"] for fact in facts)}, out, FETCHED_FORMAT, settings)
-
-
-def _each_once(files: Sequence[RemoteFile]) -> list[RemoteFile]:
-    by_target: dict[Path, RemoteFile] = {}
-    for file in files:
-        known = by_target.setdefault(file.target, file)
-        if (known.url, known.size, known.md5, known.sha256) != (file.url, file.size, file.md5, file.sha256):
-            raise MorphomeError(
-                f"{file.target}: two different files would get this name ({known.url}, {file.url})",
-                "correct the list of files",
-            )
-    return list(by_target.values())
 
 
 def _missing(files: Sequence[RemoteFile]) -> tuple[list[RemoteFile], list[MorphomeError]]:

@@ -59,11 +59,11 @@ def find_local(files: Sequence[GdcFile], folder: Path, have: Sequence[Path] = ()
         if size is not None:
             found.other_size.append((str(place), size, file.size))
         waiting.append(file)
-    index = _index({file.name for file in waiting}, [*map(Path, have), folder])
+    index = _index({file.name for file in (files if have else waiting)}, [*map(Path, have), folder])
     for number, place in enumerate(map(Path, have)):
-        if waiting and not any(path.is_relative_to(place) for paths in index.values() for path in paths):
+        if not any(path.is_relative_to(place) for paths in index.values() for path in paths):
             raise MorphomeError(
-                f"gdc.have[{number}]: none of the {len(waiting)} files still to be found is below {place}",
+                f"gdc.have[{number}]: none of the {len(files)} files of the cohort is below {place}",
                 "correct the path, or take the folder out",
             )
     paths: dict[str, str] = {}

@@ -50,6 +50,8 @@ def prefetch(key: str, *, revision: str = "", say: Callable[[str], None] = print
         say(f"{spec.key}: has no weights, nothing to fetch")
         return weights_folder(spec.key)
     folder = weights_folder(spec.key)
+    if _is_here(spec, folder, revision, say):  # also where the folder may only be read
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Two runs that begin together on a fresh machine: the second waits, and finds the weights there.
     with FileLock(folder.parent / f".{folder.name}.lock"):
@@ -62,9 +64,7 @@ def _prefetch(spec: EncoderSpec, folder: Path, revision: str, say: Callable[[str
             f"encoder '{spec.key}': its weights have no public address that morphome knows",
             f"fetch {spec.files[0]} from {spec.licence_url or 'its authors'} and put it into {folder}",
         )
-    if find_files(spec, folder) and not revision and (folder / RECORD_NAME).exists():
-        check_checksums(spec, find_files(spec, folder), allow_unpinned=True)
-        say(f"{spec.key}: already in {folder}, checksums right")
+    if _is_here(spec, folder, revision, say):
         return folder
     part = folder.parent / f".{folder.name}.part"
     part.mkdir(parents=True, exist_ok=True)
@@ -75,6 +75,15 @@ def _prefetch(spec: EncoderSpec, folder: Path, revision: str, say: Callable[[str
     _finish(spec, part, folder, resolved, names)
     say(f"{spec.key}: in {folder}" + (f", revision {resolved}" if resolved else ""))
     return folder
+
+
+def _is_here(spec: EncoderSpec, folder: Path, revision: str, say: Callable[[str], None]) -> bool:
+    """Whether the weights were fetched before; another revision is always fetched."""
+    if revision or not find_files(spec, folder) or not (folder / RECORD_NAME).exists():
+        return False
+    check_checksums(spec, find_files(spec, folder), allow_unpinned=True)
+    say(f"{spec.key}: already in {folder}, checksums right")
+    return True
 
 
 def run_weights(*, settings: Mapping[str, Any], features: Mapping[str, Any], out: Path) -> None:

@@ -18,17 +18,23 @@ class Batch:
         pos: slide index, level-0 x, y per patch, (N, 3) integer.
         groups: standardised molecular features, one vector (|G_g|,) per gene group, in the order of
             ``Dims.group_sizes``.
+        omic_all: all standardised molecular columns of the patient, (D,).
+        bin, event: time bin and event of a training patient, for losses of a model's own; None in evaluation.
         patient_id: only the ``random`` router of MoME reads it.
     """
 
     path: torch.Tensor | None = None
     pos: torch.Tensor | None = None
     groups: tuple[torch.Tensor, ...] | None = None
+    omic_all: torch.Tensor | None = None
+    bin: int | None = None
+    event: int | None = None
     patient_id: str = ""
 
 
 def require(batch: Batch, needs: frozenset[str], d_in: int | None = None) -> None:
-    """Check that a batch has what a model needs: ``path`` (N, d_in) with N >= 1, ``omic_groups`` as vectors.
+    """Check that a batch has what a model needs: ``path`` (N, d_in) with N >= 1, ``omic_groups`` as vectors,
+    ``omic_all`` as one vector.
 
     Raises:
         MorphomeError: naming the patient and the missing or misshapen part.
@@ -44,3 +50,5 @@ def require(batch: Batch, needs: frozenset[str], d_in: int | None = None) -> Non
             )
     if "omic_groups" in needs and not batch.groups:
         raise MorphomeError(f"{who}: no gene groups", "configure molecular.groups and add rna to cohort.require")
+    if "omic_all" in needs and batch.omic_all is None:
+        raise MorphomeError(f"{who}: no molecular values", "configure molecular.rna, .mut or .cnv")

@@ -6,6 +6,7 @@ Xiong et al., "MoME: Mixture of Multimodal Experts for Cancer Survival Predictio
 experts. Written from the paper's formulas, with options where the public code departs from them: the published
 router gets no gradient (``router: frozen`` here), its tokens are never trained nor saved
 (``tokens: frozen_random`` saves them), and its attention is not masked (``attention: nystrom_compat``).
+The skip connections of ``residual`` are not in the paper: they are our reading of "MoME with residual connections".
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from morphome.models.layers import ADMIN_OMEGA, FC, SNN, GroupEncoder, RMSNorm, 
 EXPERTS = ("TransFusion", "BottleneckTransFusion", "AddFusion", "DropX2Fusion")
 ROUTERS = ("straight_through", "frozen", "switch", "soft", "random", *(f"fixed:{name}" for name in EXPERTS))
 LAYERS = ("path1", "gene1", "path2", "gene2")
+RESIDUALS = ("none", "moe_skip", "proj_skip", "both")
 
 
 class TransFusion(nn.Module):
@@ -50,7 +52,7 @@ class BottleneckTransFusion(nn.Module):
         self.read = TransLayer(dim, "layer", ADMIN_OMEGA, attention, dropout)
         self.write = TransLayer(dim, "layer", ADMIN_OMEGA, attention, dropout)
         self.unused_norm = RMSNorm(dim).requires_grad_(False)
-        _add_tokens(self, "bottlenecks", bottlenecks, dim, tokens)
+        add_tokens(self, "bottlenecks", bottlenecks, dim, tokens)
 
     def forward(self, x: Tensor, ref: Tensor) -> Tensor:
         read = self.read(torch.cat([self.bottlenecks, ref]), keep=(0, self.bottlenecks.shape[0]))
@@ -92,8 +94,24 @@ class Gate(nn.Module):
         return torch.softmax(self.classifier(u) / self.temperature, -1)
 
 
+class SkipGroupEncoder(GroupEncoder):
+    """G = stack_g SNN2(a_g) + a_g with a_g = SNN1(x_g); the parameters of :class:`GroupEncoder`."""
+
+    def forward(self, groups: tuple[Tensor, ...]) -> Tensor:
+        """T vectors (|G_g|,) -> (T, dim)."""
+        if len(groups) != len(self.first):
+            raise MorphomeError(
+                f"{len(groups)} gene groups given, the model was built for {len(self.first)}",
+                "train and predict with the same gene groups",
+            )
+        first = torch.stack([layer(x) for layer, x in zip(self.first, groups, strict=True)])
+        first = self.dropout(F.elu(first))
+        second = torch.stack([layer(a) for layer, a in zip(self.second, first.unbind(0), strict=True)])
+        return self.dropout(F.elu(second)) + first
+
+
 class MoMELayer(nn.Module):
-    """One gate and its experts. See :class:`MoME` for the routers."""
+    """One gate and its experts. See :class:`MoME` for the routers and for ``skip`` and ``learned_scale``."""
 
     def __init__(
         self,
@@ -109,9 +127,11 @@ class MoMELayer(nn.Module):
         track_share: bool,
         dropout: float,
         attention_dropout: float,
+        skip: bool = False,
+        learned_scale: bool = False,
     ) -> None:
         super().__init__()
-        self.name, self.router = name, router
+        self.name, self.router, self.skip = name, router, skip
         self.fixed = EXPERTS.index(router.removeprefix("fixed:")) if router.startswith("fixed:") else None
         make = {
             "TransFusion": lambda: TransFusion(dim, attention, attention_dropout),
@@ -132,6 +152,7 @@ class MoMELayer(nn.Module):
             self.register_buffer("router_seed", torch.tensor(router_seed, dtype=torch.int64))
         if track_share:
             self.register_buffer("share", torch.full((len(EXPERTS),), 1 / len(EXPERTS)))
+        self.scale = nn.Parameter(torch.zeros(())) if learned_scale else None
 
     def forward(self, x: Tensor, ref: Tensor, patient_id: str = "") -> tuple[Tensor, int, Tensor]:
         """x (n, D), ref (t, D) -> y (n, D), index of the chosen expert, pi (4,).
@@ -140,8 +161,15 @@ class MoMELayer(nn.Module):
         expert is evaluated, except with ``soft``, and with ``straight_through`` in training.
         """
         pi, chosen = self.route(x, ref, patient_id)
+        y = self._mix(x, ref, pi, chosen)
+        if self.skip:
+            y = x + (y if self.scale is None else self.scale * y)
+        return y, chosen, pi
+
+    def _mix(self, x: Tensor, ref: Tensor, pi: Tensor, chosen: int) -> Tensor:
+        """What the router makes of the experts, (n, D)."""
         if self.router == "soft":
-            return sum(p * self._expert(e, x, ref) for e, p in enumerate(pi)), chosen, pi
+            return sum(p * self._expert(e, x, ref) for e, p in enumerate(pi))
         y = self._expert(chosen, x, ref)
         if self.router == "switch":
             y = pi[chosen] * y
@@ -152,7 +180,7 @@ class MoMELayer(nn.Module):
                 outputs = [y if e == chosen else self._expert(e, x, ref) for e in range(len(EXPERTS))]
                 outputs = torch.stack(outputs).flatten(1)
             y = y + ((pi - pi.detach()) @ outputs).view_as(y)
-        return y, chosen, pi
+        return y
 
     def route(self, x: Tensor, ref: Tensor, patient_id: str = "") -> tuple[Tensor, int]:
         """pi (4,) and the index of the expert of largest pi (``random``: drawn once per layer and patient)."""
@@ -175,6 +203,9 @@ class MoMELayer(nn.Module):
         return len(EXPERTS) * (self.share.clone() @ pi)
 
     def _expert(self, index: int, x: Tensor, ref: Tensor) -> Tensor:
+        if self.skip and EXPERTS[index] == "DropX2Fusion":
+            # The skip connection is this expert already; it would return 2 x.
+            return torch.zeros_like(x)
         return self.experts[EXPERTS[index]](x, ref)
 
 
@@ -202,13 +233,18 @@ class MoME(nn.Module):
         attention: see :mod:`morphome.models.nystrom`.
         value_conv: convolution of the values over the token order.
         temperature: tau of the gate.
+        residual: ``moe_skip``: y = x + s M(x, ref), to which the expert that returns x contributes 0.
+            ``proj_skip``: P0 = FC(X) + Ws X without bias, and per gene group G = SNN2(a) + a, a = SNN1(x).
+            ``both``, or ``none`` (as published).
+        residual_scale: s; 1, or ``learned``: one scalar per layer that starts at 0, so that y = x at the start.
         balance_loss: weight of the sum over layers of :meth:`MoMELayer.balance`; 0 leaves it out.
         dropout: of the FC and SNN blocks.
         attention_dropout: of the output of attention.
         router_seed: of ``random``.
 
     Raises:
-        MorphomeError: a setting that is not known, or a balance loss for a router that does not learn.
+        MorphomeError: a setting that is not known, a balance loss for a router that does not learn, or a learned
+            scale of skip connections that are not there.
     """
 
     needs = frozenset({"path", "omic_groups"})
@@ -232,6 +268,8 @@ class MoME(nn.Module):
         attention: str = "nystrom_masked",
         value_conv: bool = True,
         temperature: float = 1.0,
+        residual: str = "none",
+        residual_scale: int | str = 1,
         balance_loss: float = 0.0,
         dropout: float = 0.25,
         attention_dropout: float = 0.1,
@@ -245,11 +283,24 @@ class MoME(nn.Module):
                 f"models.mome.balance_loss: {balance_loss} with router {router}, whose gate does not learn",
                 "set balance_loss: 0, or router: straight_through, switch or soft",
             )
+        if residual not in RESIDUALS or residual_scale not in (1, "learned"):
+            raise MorphomeError(
+                f"models.mome: residual {residual!r} with residual_scale {residual_scale!r} is not known",
+                f"residual: one of {', '.join(RESIDUALS)}; residual_scale: 1 or learned",
+            )
+        moe_skip, proj_skip = residual in ("moe_skip", "both"), residual in ("proj_skip", "both")
+        if residual_scale == "learned" and (not moe_skip or router == "fixed:DropX2Fusion"):
+            raise MorphomeError(
+                f"models.mome.residual_scale: learned with residual {residual} and router {router}, "
+                "which leave nothing to scale",
+                "set residual_scale: 1, or residual: moe_skip or both with another router",
+            )
         options = {"heads": heads, "landmarks": landmarks, "mode": attention, "value_conv": value_conv}
         self.d_in, self.balance_loss = d_in, balance_loss
         self.order_sensitive = value_conv or attention != "exact"
         self.project = FC(d_in, dim, dropout)
-        self.groups = GroupEncoder(list(group_sizes.values()), dim, dropout)
+        self.skip = nn.Linear(d_in, dim, bias=False) if proj_skip else None
+        self.groups = (SkipGroupEncoder if proj_skip else GroupEncoder)(list(group_sizes.values()), dim, dropout)
         self.layers = nn.ModuleDict(
             {
                 name: MoMELayer(
@@ -264,18 +315,23 @@ class MoME(nn.Module):
                     track_share=balance_loss > 0,
                     dropout=dropout,
                     attention_dropout=attention_dropout,
+                    skip=moe_skip,
+                    learned_scale=residual_scale == "learned",
                 )
                 for name in LAYERS
             }
         )
-        _add_tokens(self, "cls", 1, dim, tokens)
+        add_tokens(self, "cls", 1, dim, tokens)
         self.fusion = TransLayer(dim, "layer", ADMIN_OMEGA, options, attention_dropout)
         self.classifier = nn.Linear(dim, n_bins)
 
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """P0 (N, D) and G0 (T, D) of one patient."""
         require(batch, self.needs, self.d_in)
-        return self.project(batch.path), self.groups(batch.groups)
+        return self._project(batch.path), self.groups(batch.groups)
+
+    def _project(self, path: Tensor) -> Tensor:
+        return self.project(path) if self.skip is None else self.project(path) + self.skip(path)
 
     def fuse(self, path: Tensor, genes: Tensor, patient_id: str = "") -> tuple[Tensor, Tensor, dict, list[Tensor]]:
         """The four MoME layers: P2 (N, D), G2 (T, D), routing per layer, balance terms of the layers."""
@@ -308,10 +364,11 @@ class MoME(nn.Module):
 
     def branch_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters that only one modality passes before fusion."""
-        return {"path": list(self.project.parameters()), "omic": list(self.groups.parameters())}
+        path = [*self.project.parameters(), *(self.skip.parameters() if self.skip is not None else ())]
+        return {"path": path, "omic": list(self.groups.parameters())}
 
 
-def _add_tokens(module: nn.Module, name: str, count: int, dim: int, tokens: str) -> None:
+def add_tokens(module: nn.Module, name: str, count: int, dim: int, tokens: str) -> None:
     """``count`` tokens (count, dim), uniform in [0, 1), as a parameter or as a saved buffer."""
     if tokens not in ("parameter", "frozen_random"):
         raise MorphomeError(f"models.mome.tokens: {tokens!r} is not known", "parameter or frozen_random")

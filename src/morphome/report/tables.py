@@ -14,7 +14,7 @@ from morphome.survival import TIED_TOLERANCE, censoring_km
 
 METRICS = ("harrell_c", "uno_c", "auc", "ibs", "ipa")
 #: What a run may say that it needs, in a reader's words.
-_NEEDS = {"clinical": "clinical", "omic_groups": "genes", "panels": "genes", "path": "slides"}
+_NEEDS = {"clinical": "clinical", "omic_groups": "genes", "omic_all": "genes", "panels": "genes", "path": "slides"}
 PANELS = {"rna": "RNA", "mut": "mutations", "cnv": "copy number"}
 _ROMAN = {1: "I", 2: "II", 3: "III", 4: "IV"}
 
@@ -41,6 +41,8 @@ def panels(data: ReportData, name: str) -> list[str]:
     if not found and "omic_groups" in runs[0].facts.get("needs", []):
         columns = [c for group in ((data.groups or {}).get("groups") or {}).values() for c in group]
         found = {c["panel"] for c in columns if isinstance(c, dict) and "panel" in c}
+    if "omic_all" in runs[0].facts.get("needs", []):
+        found |= set(data.panels) - {"expression"}
     return [label for key, label in PANELS.items() if key in found] + sorted(found - set(PANELS))
 
 

@@ -162,6 +162,11 @@ class FoldData:
         return np.asarray(features, dtype=np.float32), np.asarray(position, dtype=np.int32)
 
     # -- molecular values -----------------------------------------------------------------------------------
+    @property
+    def gene_panels(self) -> tuple[str, ...]:
+        """The panels that models of genes read; counts for encoders of RNA are not among them."""
+        return tuple(panel for panel in self._panels if panel != "expression")
+
     def panel_columns(self, panels: Iterable[str]) -> tuple[Column, ...]:
         """Every column of these panels, by panel in the order given, then by gene."""
         return tuple(Column(p, g) for p in panels for g in sorted(self._panel(p).columns))

@@ -19,13 +19,18 @@ from morphome import __version__
 from morphome.errors import MorphomeError, MorphomeWarning
 from morphome.files import read_json, write_json, write_parquet
 from morphome.survival import TIED_TOLERANCE
-from morphome.training.baselines import BASELINES, Baseline
+from morphome.training.baselines import BASELINES as FIRST_BASELINES
+from morphome.training.baselines import Baseline
+from morphome.training.baselines_genes import GENE_BASELINES
 from morphome.training.checkpoint import load_model, save_model
 from morphome.training.data import FoldData, derive_seed, load_fold
 from morphome.training.preprocess import time_grid
 
 if TYPE_CHECKING:
     from morphome.training.trainer import NeuralModel
+
+
+BASELINES: dict[str, type[Baseline]] = {**FIRST_BASELINES, **GENE_BASELINES}
 
 
 @dataclass

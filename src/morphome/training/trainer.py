@@ -14,6 +14,7 @@ import math
 import os
 import time as clock
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -189,12 +190,14 @@ class NeuralModel:
         order = self._order(train, epoch)
         patches = np.random.default_rng(derive_seed(self.seed, "patches", epoch))
         window = self.training["accumulation"]
+        bins = hazard.bin_index(train.time, self.objective.edges)
         total = 0.0
         for start in range(0, len(order), window):
             members = order[start : start + window]
             optimizer.zero_grad(set_to_none=True)
             for i in members:
-                output = self.module(self._batch(fold, train.ids[i], patches))
+                batch = self._batch(fold, train.ids[i], patches)
+                output = self.module(replace(batch, bin=int(bins[i]), event=int(train.event[i])))
                 loss = self.objective.loss(output, train.time[i], train.event[i], self.training["beta"])
                 loss = loss + sum(output.get("extra_losses", {}).values())
                 if not torch.isfinite(loss):
@@ -229,18 +232,26 @@ class NeuralModel:
 
     # -- inputs ---------------------------------------------------------------------------------------------
     def _fit_inputs(self, fold: FoldData, train: Outcomes, notes: list[str]) -> None:
-        if "omic_groups" not in self.needs:
+        if not self.needs & {"omic_groups", "omic_all"}:
             return
-        if not fold.groups:
+        groups = fold.groups if "omic_groups" in self.needs else {}
+        if "omic_groups" in self.needs and not groups:
             raise MorphomeError(
                 f"model '{self.key}' needs gene groups and none is given",
                 "add molecular.groups to the configuration, or leave this model out",
             )
-        self._columns = tuple(sorted({column for columns in fold.groups.values() for column in columns}))
+        wanted = {column for columns in groups.values() for column in columns}
+        if "omic_all" in self.needs:
+            wanted |= set(fold.panel_columns(fold.gene_panels))
+        if not wanted:
+            raise MorphomeError(
+                f"model '{self.key}' needs molecular columns and none is given",
+                "add molecular.rna, .mut or .cnv to the configuration, or leave this model out",
+            )
+        self._columns = tuple(sorted(wanted))
         place = {column: i for i, column in enumerate(self._columns)}
         self._groups = {
-            name: np.array([place[column] for column in columns], dtype=np.int64)
-            for name, columns in fold.groups.items()
+            name: np.array([place[column] for column in columns], dtype=np.int64) for name, columns in groups.items()
         }
         self._scaler = ColumnScaler.fit(fold.gene_matrix(self._columns, train.ids))
         still = int((~self._scaler.varies).sum())
@@ -253,11 +264,12 @@ class NeuralModel:
 
     def _dims(self, d_in: int, n_bins: int) -> Dims:
         sizes = {name: len(at) for name, at in self._groups.items()}
-        return Dims(d_in, sizes, n_bins, router_seed=derive_seed(self.seed, "router"))
+        n_omic = len(self._columns) if "omic_all" in self.needs else 0
+        return Dims(d_in, sizes, n_bins, n_omic, router_seed=derive_seed(self.seed, "router"))
 
     def _batch(self, fold: FoldData, patient: str, patches: np.random.Generator | None = None) -> Batch:
         """Input of one patient; with ``patches`` at most ``max_patches`` tiles, drawn without order lost."""
-        path = position = groups = None
+        path = position = groups = everything = None
         if "path" in self.needs:
             features, places = fold.bag(patient)
             most = self.training["max_patches"]
@@ -272,7 +284,8 @@ class NeuralModel:
                 self._genes[patient] = z.astype(np.float32)
             z = self._genes[patient]
             groups = tuple(torch.from_numpy(z[at]).to(self.device) for at in self._groups.values())
-        return Batch(path=path, pos=position, groups=groups, patient_id=patient)
+            everything = torch.from_numpy(z).to(self.device) if "omic_all" in self.needs else None
+        return Batch(path=path, pos=position, groups=groups, omic_all=everything, patient_id=patient)
 
     # -- prediction -----------------------------------------------------------------------------------------
     def predict(self, fold: FoldData, ids: Sequence[str], times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
