@@ -46,7 +46,7 @@ def fetch(
 ) -> None:
     """Fetch slides or molecular files of the manifest. Files that are there are passed over, broken ones resumed."""
     from morphome.download.fetch import run_fetch
-    from morphome.download.listing import read_manifest
+    from morphome.download.listing import data_url, read_manifest
     from morphome.download.remote import RemoteFile
 
     run = Run(config)
@@ -68,10 +68,9 @@ def fetch(
             raise MorphomeError(f"--job {job}: there are {len(jobs)} jobs", "give a number of these")
         ids = {row.slide_id: row.file_id for row in slide_rows(run.config)}
         places = {ids[slide]: paths[slide] for slide in jobs[job - 1]}
-    api = gdc["api"].rstrip("/")
     files = [
         RemoteFile(
-            url=f"{api}/data/{file.file_id}",
+            url=data_url(gdc["api"], file.file_id),
             target=places[file.file_id],
             size=file.size,
             md5=file.md5,

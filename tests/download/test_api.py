@@ -9,6 +9,7 @@ import pytest
 
 from morphome.download import api as api_module
 from morphome.download.api import Gdc, wait_s
+from morphome.download.listing import data_url
 from morphome.errors import MorphomeError, MorphomeWarning
 
 EVERYTHING = {"op": "=", "content": {"field": "access", "value": "open"}}
@@ -31,7 +32,7 @@ def search(api, **options):
 def test_status_tells_the_release(gdc):
     with gdc.GdcServer([], release="44.0") as server, Gdc(server.url + "/") as api:
         assert api.status()["data_release"] == "Data Release 44.0 - December 04, 2025"
-        assert api.data_url("abc") == f"{server.url}/data/abc"
+        assert data_url(server.url + "/", "abc") == f"{server.url}/data/abc"
 
 
 @pytest.mark.parametrize(("page", "cap", "requests"), [(500, None, 1), (10, None, 3), (500, 7, 4), (23, None, 1)])

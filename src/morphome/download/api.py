@@ -148,10 +148,6 @@ class Gdc:
             found.update({str(entry.get("id")): entry for entry in answer})
         return found
 
-    def data_url(self, file_id: str) -> str:
-        """Address of a file's bytes."""
-        return f"{self.url}/data/{file_id}"
-
     def _page(self, endpoint: str, answer: Any) -> tuple[list[dict[str, Any]], int]:
         data = answer.get("data") if isinstance(answer, dict) else None
         hits = data.get("hits") if isinstance(data, dict) else None

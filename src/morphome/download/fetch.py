@@ -126,10 +126,15 @@ def _fetch_all(
         _bar(missing) as progress,
         ThreadPoolExecutor(connections) as pool,
     ):
-        tasks = {
-            pool.submit(fetch_file, file, client, limiter=limiter, progress=progress, say=say, stop=stop): file
-            for file in missing
-        }
+
+        def fetch_one(file: RemoteFile) -> None:
+            try:
+                fetch_file(file, client, limiter=limiter, progress=progress, say=say, stop=stop)
+            except NoRoom:  # here, before this thread takes the next file
+                stop.set()
+                raise
+
+        tasks = {pool.submit(fetch_one, file): file for file in missing}
         try:
             for task in as_completed(tasks):
                 file = tasks[task]
@@ -143,7 +148,7 @@ def _fetch_all(
                     failed.append(error)
                     say(f"{file.name}: failed: {error.problem}")
                     in_a_row = in_a_row + 1 if isinstance(error, Unreachable) else 0
-                    if isinstance(error, NoRoom) or in_a_row >= _MOST_UNREACHABLE:
+                    if in_a_row >= _MOST_UNREACHABLE:
                         stop.set()
         finally:  # also on Ctrl-C: running transfers stop at their next chunk, their parts stay
             stop.set()

@@ -32,6 +32,11 @@ _MD5 = re.compile(r"[0-9a-f]{32}")
 _ID = re.compile(r"[0-9A-Za-z-]{8,64}")
 
 
+def data_url(api: str, file_id: str) -> str:
+    """Address of the bytes of a file; ``api``: base address of the GDC."""
+    return f"{api.rstrip('/')}/data/{file_id}"
+
+
 @dataclass(frozen=True, slots=True)
 class GdcFile:
     """One file of the GDC.

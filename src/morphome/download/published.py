@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from morphome.download.listing import GDC_API
+from morphome.download.listing import GDC_API, data_url
 from morphome.download.remote import RemoteFile, system_error, wrong_checksum
 from morphome.errors import MorphomeError
 
@@ -50,7 +50,7 @@ class PublishedFile:
 
     def remote(self, target: Path, api: str) -> RemoteFile:
         """What to fetch, where to; ``api``: base address of the GDC."""
-        url = self.url or f"{api.rstrip('/')}/data/{self.gdc_uuid}"
+        url = self.url or data_url(api, self.gdc_uuid)
         return RemoteFile(url, Path(target), self.bytes, self.md5, self.sha256, self.name)
 
 

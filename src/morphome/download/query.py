@@ -178,7 +178,7 @@ def keep_tumours(files: Iterable[GdcFile], codes: Sequence[str]) -> tuple[list[G
             continue
         # A comparison of tumour and blood is left out for its tumour.
         telling = [code for code in found if code < "10"] or found
-        left_out.append(_left(file, f"sample type {sample_name(telling[0])}"))
+        left_out.append(leave_out(file, f"sample type {sample_name(telling[0])}"))
     return kept, left_out
 
 
@@ -204,7 +204,7 @@ def one_workflow(files: Iterable[GdcFile], wanted: str | None) -> tuple[list[Gdc
             f"molecular.cnv.workflow: {problem}; the GDC has: {', '.join(names)}",
             "set molecular.cnv.workflow to one of them; their numbers cannot be mixed",
         )
-    left_out = [_left(file, f"other workflow ({file.workflow})") for file in files if file.workflow not in chosen]
+    left_out = [leave_out(file, f"other workflow ({file.workflow})") for file in files if file.workflow not in chosen]
     return [file for file in files if file.workflow in chosen], left_out
 
 
@@ -217,7 +217,8 @@ def _plain(name: str | None) -> str:
     return re.sub(r"[^a-z0-9]", "", (name or "").lower())
 
 
-def _left(file: GdcFile, reason: str) -> LeftOut:
+def leave_out(file: GdcFile, reason: str) -> LeftOut:
+    """The file with the reason why it is not taken, or not as it is."""
     return LeftOut(file.kind, file.project, file.file_id, file.name, reason)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from morphome.download.api import Gdc
 from morphome.download.listing import GdcFile, check_file
-from morphome.download.query import LeftOut, release_number, release_text
+from morphome.download.query import LeftOut, leave_out, release_number, release_text
 from morphome.errors import MorphomeError
 
 #: Said beside every manifest of a fixed release that is not the server's.
@@ -75,7 +75,7 @@ def files_of_release(api: Gdc, files: Sequence[GdcFile], pin: tuple[int, int]) -
         if found is None:
             first = release_number(file.data_release)
             since = f"first released in {release_text(first)}" if first else "no release known"
-            changed.append(_changed(file, since))
+            changed.append(leave_out(file, since))
         elif found[0] == file.file_id:
             kept.append(file)
         else:
@@ -85,7 +85,7 @@ def files_of_release(api: Gdc, files: Sequence[GdcFile], pin: tuple[int, int]) -
         entry = known.get(file_id)
         size = entry.get("size") if entry else None
         if entry is None or not isinstance(size, int):
-            changed.append(_changed(file, "replaced since, and the version of then is no longer known"))
+            changed.append(leave_out(file, "replaced since, and the version of then is no longer known"))
             continue
         then = replace(
             file,
@@ -98,7 +98,7 @@ def files_of_release(api: Gdc, files: Sequence[GdcFile], pin: tuple[int, int]) -
             data_release=f"{release_text(release)} - {release_text(pin)}",
         )
         kept.append(check_file(then, f"{api.url}/files/versions"))
-        changed.append(_changed(file, "taken in the older version of this release"))
+        changed.append(leave_out(file, "taken in the older version of this release"))
     return kept, changed
 
 
@@ -111,7 +111,3 @@ def _version_of_then(history: Sequence[dict[str, Any]], pin: tuple[int, int]) ->
             version = release_number(entry.get("version")) or (0, 0)
             out.append((release, version, str(entry["uuid"])))
     return (max(out)[2], max(out)[0]) if out else None
-
-
-def _changed(file: GdcFile, reason: str) -> LeftOut:
-    return LeftOut(file.kind, file.project, file.file_id, file.name, reason)

@@ -6,13 +6,16 @@ Chen et al., "Multimodal Co-Attention Transformer for Survival Prediction in Gig
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from morphome.errors import MorphomeError
+from morphome.models.batch import Batch, require
 from morphome.models.kron import KronFusion
-from morphome.models.layers import FC, Dropout, GatedAttention
+from morphome.models.layers import FC, Dropout, GatedAttention, GroupEncoder
 
 FUSIONS = ("concat", "bilinear")
 
@@ -141,3 +144,52 @@ def check_sizes(key: str, dim: int, heads: int, fusion: str) -> None:
 def make_fusion(fusion: str, dim: int, dropout: float) -> nn.Module:
     """``concat`` or ``bilinear``: (1, d), (1, d) -> (1, d)."""
     return ConcatFusion(dim) if fusion == "concat" else BilinearFusion(dim, dropout)
+
+
+class CoAttentionModel(nn.Module):
+    """What MCAT and MOTCat have in common: both encoders, both pools over T tokens, the fusion and the head.
+
+    Args:
+        key: of the registry, for messages. The others as for :class:`morphome.models.mcat.MCAT`.
+
+    Raises:
+        MorphomeError: unknown fusion, or ``heads`` does not divide ``dim``.
+    """
+
+    needs = frozenset({"path", "omic_groups"})
+    supports: frozenset[str] = frozenset()
+    head = "hazard"
+    order_sensitive = False
+
+    def __init__(
+        self,
+        key: str,
+        d_in: int,
+        group_sizes: Mapping[str, int],
+        n_bins: int,
+        *,
+        dim: int,
+        heads: int,
+        feedforward: int,
+        attention_dim: int,
+        fusion: str,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        check_sizes(key, dim, heads, fusion)
+        self.d_in = d_in
+        self.project = FC(d_in, dim, dropout)
+        self.groups = GroupEncoder(list(group_sizes.values()), dim, dropout)
+        self.path_pool = TokenPool(dim, heads, feedforward, attention_dim, dropout)
+        self.gene_pool = TokenPool(dim, heads, feedforward, attention_dim, dropout)
+        self.fusion = make_fusion(fusion, dim, dropout)
+        self.classifier = nn.Linear(dim, n_bins)
+
+    def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """H (N, d) and G (T, d) of one patient."""
+        require(batch, self.needs, self.d_in)
+        return self.project(batch.path), self.groups(batch.groups)
+
+    def branch_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable parameters that only one modality passes before fusion."""
+        return {"path": list(self.project.parameters()), "omic": list(self.groups.parameters())}

@@ -115,10 +115,12 @@ class GroupEncoder(nn.Module):
 
     Args:
         sizes: number of columns of each group.
+        skip: add what the first layer gives to what the second makes of it.
     """
 
-    def __init__(self, sizes: list[int], dim: int, dropout: float = 0.25) -> None:
+    def __init__(self, sizes: list[int], dim: int, dropout: float = 0.25, skip: bool = False) -> None:
         super().__init__()
+        self.skip = skip
         self.first = nn.ModuleList(nn.Linear(size, dim) for size in sizes)
         self.second = nn.ModuleList(nn.Linear(dim, dim) for _ in sizes)
         self.dropout = AlphaDropout(dropout)
@@ -130,10 +132,11 @@ class GroupEncoder(nn.Module):
                 f"{len(groups)} gene groups given, the model was built for {len(self.first)}",
                 "train and predict with the same gene groups",
             )
-        hidden = torch.stack([layer(x) for layer, x in zip(self.first, groups, strict=True)])
-        hidden = self.dropout(F.elu(hidden))
-        hidden = torch.stack([layer(x) for layer, x in zip(self.second, hidden.unbind(0), strict=True)])
-        return self.dropout(F.elu(hidden))
+        first = torch.stack([layer(x) for layer, x in zip(self.first, groups, strict=True)])
+        first = self.dropout(F.elu(first))
+        second = torch.stack([layer(x) for layer, x in zip(self.second, first.unbind(0), strict=True)])
+        second = self.dropout(F.elu(second))
+        return second + first if self.skip else second
 
 
 class GatedAttention(nn.Module):

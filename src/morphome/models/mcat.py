@@ -9,14 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor, nn
-
-from morphome.models.batch import Batch, require
-from morphome.models.coattention import CrossAttention, TokenPool, check_sizes, make_fusion
-from morphome.models.layers import FC, GroupEncoder
+from morphome.models.batch import Batch
+from morphome.models.coattention import CoAttentionModel, CrossAttention
 
 
-class MCAT(nn.Module):
+class MCAT(CoAttentionModel):
     """Gene-guided co-attention; invariant to the order of the patches.
 
     ``H = FC(X)``, ``G = stack_g SNN(SNN(x_g))``, ``C = MHA1(G, H)`` (T, d), then for C and G each two post-norm
@@ -38,11 +35,6 @@ class MCAT(nn.Module):
         MorphomeError: unknown fusion, or ``heads`` does not divide ``dim``.
     """
 
-    needs = frozenset({"path", "omic_groups"})
-    supports: frozenset[str] = frozenset()
-    head = "hazard"
-    order_sensitive = False
-
     def __init__(
         self,
         d_in: int,
@@ -56,21 +48,19 @@ class MCAT(nn.Module):
         fusion: str = "concat",
         dropout: float = 0.25,
     ) -> None:
-        super().__init__()
-        check_sizes("mcat", dim, heads, fusion)
-        self.d_in = d_in
-        self.project = FC(d_in, dim, dropout)
-        self.groups = GroupEncoder(list(group_sizes.values()), dim, dropout)
+        super().__init__(
+            "mcat",
+            d_in,
+            group_sizes,
+            n_bins,
+            dim=dim,
+            heads=heads,
+            feedforward=feedforward,
+            attention_dim=attention_dim,
+            fusion=fusion,
+            dropout=dropout,
+        )
         self.coattention = CrossAttention(dim)
-        self.path_pool = TokenPool(dim, heads, feedforward, attention_dim, dropout)
-        self.gene_pool = TokenPool(dim, heads, feedforward, attention_dim, dropout)
-        self.fusion = make_fusion(fusion, dim, dropout)
-        self.classifier = nn.Linear(dim, n_bins)
-
-    def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """H (N, d) and G (T, d) of one patient."""
-        require(batch, self.needs, self.d_in)
-        return self.project(batch.path), self.groups(batch.groups)
 
     def forward(self, batch: Batch) -> dict:
         """One patient -> logits (1, K) and attention.
@@ -96,7 +86,3 @@ class MCAT(nn.Module):
             },
             "aux": {},
         }
-
-    def branch_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Trainable parameters that only one modality passes before fusion."""
-        return {"path": list(self.project.parameters()), "omic": list(self.groups.parameters())}

@@ -94,22 +94,6 @@ class Gate(nn.Module):
         return torch.softmax(self.classifier(u) / self.temperature, -1)
 
 
-class SkipGroupEncoder(GroupEncoder):
-    """G = stack_g SNN2(a_g) + a_g with a_g = SNN1(x_g); the parameters of :class:`GroupEncoder`."""
-
-    def forward(self, groups: tuple[Tensor, ...]) -> Tensor:
-        """T vectors (|G_g|,) -> (T, dim)."""
-        if len(groups) != len(self.first):
-            raise MorphomeError(
-                f"{len(groups)} gene groups given, the model was built for {len(self.first)}",
-                "train and predict with the same gene groups",
-            )
-        first = torch.stack([layer(x) for layer, x in zip(self.first, groups, strict=True)])
-        first = self.dropout(F.elu(first))
-        second = torch.stack([layer(a) for layer, a in zip(self.second, first.unbind(0), strict=True)])
-        return self.dropout(F.elu(second)) + first
-
-
 class MoMELayer(nn.Module):
     """One gate and its experts. See :class:`MoME` for the routers and for ``skip`` and ``learned_scale``."""
 
@@ -300,7 +284,7 @@ class MoME(nn.Module):
         self.order_sensitive = value_conv or attention != "exact"
         self.project = FC(d_in, dim, dropout)
         self.skip = nn.Linear(d_in, dim, bias=False) if proj_skip else None
-        self.groups = (SkipGroupEncoder if proj_skip else GroupEncoder)(list(group_sizes.values()), dim, dropout)
+        self.groups = GroupEncoder(list(group_sizes.values()), dim, dropout, skip=proj_skip)
         self.layers = nn.ModuleDict(
             {
                 name: MoMELayer(

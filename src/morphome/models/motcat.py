@@ -11,19 +11,18 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from morphome.errors import MorphomeError
 from morphome.models import hazard
-from morphome.models.batch import Batch, require
-from morphome.models.coattention import TokenPool, check_sizes, make_fusion
-from morphome.models.layers import FC, GroupEncoder
+from morphome.models.batch import Batch
+from morphome.models.coattention import CoAttentionModel
 from morphome.models.transport import REGULARISERS, transport_cost, transport_plan
 
 BAGS = ("whole", "micro")
 
 
-class MOTCat(nn.Module):
+class MOTCat(CoAttentionModel):
     """MCAT with ``C = plan^T H`` for its co-attention; 4,228,870 parameters at the sizes of :class:`MCAT`.
 
     The plan (N, T) is entropic unbalanced optimal transport from N patches of mass 1/N to T groups of mass 1/T at
@@ -54,11 +53,6 @@ class MOTCat(nn.Module):
         MorphomeError: unknown choice, or ``heads`` does not divide ``dim``.
     """
 
-    needs = frozenset({"path", "omic_groups"})
-    supports: frozenset[str] = frozenset()
-    head = "hazard"
-    order_sensitive = False
-
     def __init__(
         self,
         d_in: int,
@@ -78,25 +72,24 @@ class MOTCat(nn.Module):
         micro_size: int = 256,
         dropout: float = 0.25,
     ) -> None:
-        super().__init__()
-        check_sizes("motcat", dim, heads, fusion)
+        super().__init__(
+            "motcat",
+            d_in,
+            group_sizes,
+            n_bins,
+            dim=dim,
+            heads=heads,
+            feedforward=feedforward,
+            attention_dim=attention_dim,
+            fusion=fusion,
+            dropout=dropout,
+        )
         for name, value, known in (("ot_reg_type", ot_reg_type, REGULARISERS), ("bag", bag, BAGS)):
             if value not in known:
                 raise MorphomeError(f"models.motcat.{name}: {value!r} is not known", f"choose {' or '.join(known)}")
-        self.d_in, self.renormalise, self.bag, self.micro_size = d_in, renormalise, bag, micro_size
+        self.renormalise, self.bag, self.micro_size = renormalise, bag, micro_size
         self.transport = {"epsilon": epsilon, "tau": tau, "regulariser": ot_reg_type}
         self.order_sensitive = bag == "micro"
-        self.project = FC(d_in, dim, dropout)
-        self.groups = GroupEncoder(list(group_sizes.values()), dim, dropout)
-        self.path_pool = TokenPool(dim, heads, feedforward, attention_dim, dropout)
-        self.gene_pool = TokenPool(dim, heads, feedforward, attention_dim, dropout)
-        self.fusion = make_fusion(fusion, dim, dropout)
-        self.classifier = nn.Linear(dim, n_bins)
-
-    def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """H (N, d) and G (T, d) of one patient."""
-        require(batch, self.needs, self.d_in)
-        return self.project(batch.path), self.groups(batch.groups)
 
     def plan(self, path: Tensor, genes: Tensor) -> Tensor:
         """H (N, d), G (T, d) -> the transport plan (N, T), float64, without gradient."""
@@ -142,10 +135,6 @@ class MOTCat(nn.Module):
             },
             "aux": {},
         }
-
-    def branch_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Trainable parameters that only one modality passes before fusion."""
-        return {"path": list(self.project.parameters()), "omic": list(self.groups.parameters())}
 
 
 def mean_survival(logits: Tensor) -> Tensor:
