@@ -12,7 +12,7 @@ from morphome.cli_base import DEFAULT, Config, Run
 from morphome.errors import MorphomeError
 from morphome.files import settings_hash
 from morphome.paths import PUBLISHED
-from morphome.workflow import gdc_kinds, slide_jobs, slide_paths, slide_rows
+from morphome.workflow import gdc_kinds, slide_jobs, slide_paths
 
 Limit = Annotated[float, typer.Option("--mb-per-second", min=0, help="Megabytes per second at most; 0 is no limit.")]
 
@@ -66,8 +66,8 @@ def fetch(
         jobs = slide_jobs(run.config, list(paths))
         if not 1 <= job <= len(jobs):
             raise MorphomeError(f"--job {job}: there are {len(jobs)} jobs", "give a number of these")
-        ids = {row.slide_id: row.file_id for row in slide_rows(run.config)}
-        places = {ids[slide]: paths[slide] for slide in jobs[job - 1]}
+        by_name = {paths[slide].name: paths[slide] for slide in jobs[job - 1]}  # a slide's id is its file's name
+        places = {f.file_id: by_name[f.name] for f in listed if f.kind == "slides" and f.name in by_name}
     files = [
         RemoteFile(
             url=data_url(gdc["api"], file.file_id),

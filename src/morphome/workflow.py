@@ -16,16 +16,6 @@ from morphome.errors import MorphomeError
 from morphome.paths import GDC_TABLES, PANELS, PUBLISHED, Paths
 
 
-def slide_rows(config: Mapping[str, Any]) -> list[SlideRow]:
-    """The chosen slides of the sheet (``slides.sheet``), in its order.
-
-    Raises:
-        MorphomeError: as :func:`morphome.cohort.slide_sheet.read_slide_sheet`.
-    """
-    sheet, folder = Path(config["slides"]["sheet"]), config["slides"].get("folder")
-    return read_slide_sheet(sheet, Path(folder) if folder else None, codes=config["cohort"]["sample_types"])[0]
-
-
 def slides_from_gdc(config: Mapping[str, Any]) -> bool:
     """Whether the slides are those of the GDC's sheet, and not of a sheet or features of the user's own."""
     return "slides" in gdc_kinds(config) and config["features"]["source"] == "encode"
@@ -39,7 +29,7 @@ def slide_paths(config: Mapping[str, Any]) -> dict[str, Path]:
     themselves, so that nothing else can be in it.
 
     Raises:
-        MorphomeError: no slide of the sheet was found.
+        MorphomeError: as :func:`morphome.cohort.slide_sheet.read_slide_sheet`, or no slide of the sheet was found.
     """
     if config["features"]["source"] == "external":
         return {}
@@ -48,14 +38,15 @@ def slide_paths(config: Mapping[str, Any]) -> dict[str, Path]:
 
         folder = Paths(config).simulated / "slides"
         return {slide.slide_id: folder / slide.file_name for slide in design(config["simulate"]).slides}
-    rows = slide_rows(config)
+    sheet, folder = Path(config["slides"]["sheet"]), config["slides"].get("folder")
+    rows, _ = read_slide_sheet(sheet, Path(folder) if folder else None, codes=config["cohort"]["sample_types"])
     if slides_from_gdc(config):
         passing = Paths(config).passing_slides if config["gdc"]["delete_slides"] else None
         return {row.slide_id: _gdc_place(row, passing) for row in rows}
     found = {row.slide_id: Path(row.path) for row in rows if Path(row.path).exists()}
     if not found:
         raise MorphomeError(
-            f"{config['slides']['sheet']}: none of its {len(rows)} slides was found on disk",
+            f"{sheet}: none of its {len(rows)} slides was found on disk",
             "check the paths in the sheet, or slides.folder",
         )
     return found
