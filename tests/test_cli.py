@@ -61,10 +61,10 @@ def test_the_readmes_own_cohort_is_a_valid_configuration(repository):
 
 
 def test_the_readmes_table_names_every_model(repository):
-    from morphome.models.registry import MODELS
+    from morphome.models.catalog import models
 
     rows = re.findall(r"^\| `(\w+)` \|", (repository / "README.md").read_text(), re.MULTILINE)
-    assert set(MODELS) <= set(rows)
+    assert set(models()) <= set(rows)
 
 
 def test_models_are_listed_with_what_they_see(repository):

@@ -14,6 +14,7 @@ from morphome.config import load_config
 from morphome.errors import MorphomeError
 from morphome.paths import Paths
 from morphome.steps import require_made_by, step_settings
+from morphome.workflow import encodes_rna
 
 Config = Annotated[Path, typer.Option("--config", envvar="MORPHOME_CONFIG", help="Configuration of the run.")]
 DEFAULT = Path("config.yaml")
@@ -60,6 +61,13 @@ class Run:
     @property
     def groups(self) -> Path | None:
         return self.paths.groups and self.made(self.paths.groups, "morphome.groups", "genes")
+
+    @property
+    def encoded(self) -> dict[str, Path]:
+        """The panel of vectors that a frozen encoder of RNA made; empty without one."""
+        if not encodes_rna(self.config):
+            return {}
+        return {"encoded": self.made(self.paths.encoded, "morphome.encoded", "encode_rna")}
 
     @property
     def splits(self) -> Path:

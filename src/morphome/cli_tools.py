@@ -195,10 +195,10 @@ def _print_json(result: Mapping[str, Any]) -> None:
 def models() -> None:
     """The models that a configuration can name: what each sees, its settings with their defaults, and its paper."""
     from morphome.config import schema
-    from morphome.models.registry import MODELS
+    from morphome.models.catalog import models as all_models
 
     words = {"path": "slides", "omic_groups": "gene groups", "omic_all": "genes", "panels": "genes"}
-    for key, row in MODELS.items():
+    for key, row in all_models().items():
         sees = ", ".join(sorted(words.get(need, need) for need in row.needs)) or "nothing"
         properties = schema()["$defs"]["models"][key]["properties"]
         defaults = ", ".join(f"{name}: {part['default']}" for name, part in properties.items())

@@ -18,7 +18,9 @@ import yaml
 
 from morphome.errors import MorphomeError
 from morphome.features.fit import encoder_problems
+from morphome.models.catalog import catalog, info
 from morphome.paths import PANELS, PUBLISHED, Paths
+from morphome.rna.registry import FROZEN, resolve
 
 SCHEMAS = Path(__file__).parent / "schemas"
 
@@ -27,7 +29,7 @@ SCHEMAS = Path(__file__).parent / "schemas"
 def schema() -> dict[str, Any]:
     """The JSON schema of the configuration, with that of each model in ``$defs``; the only place of its defaults."""
     whole = yaml.safe_load((SCHEMAS / "config.schema.yaml").read_text(encoding="utf-8"))
-    whole["$defs"]["models"] = yaml.safe_load((SCHEMAS / "models.schema.yaml").read_text(encoding="utf-8"))
+    whole["$defs"]["models"] = catalog()
     return whole
 
 
@@ -101,6 +103,8 @@ def check_config(config: Mapping[str, Any], files: bool = True) -> dict[str, Any
     if isinstance(full.get("models"), dict) and isinstance(full.get("training"), dict):
         full["models"], found = _resolve_models(full)
         problems += found
+    if not problems and "encoder" in full["molecular"]:
+        problems = _resolve_encoder(full)
     if not problems:
         full = _name_places(full, _places(full))
         problems = _unknown_places(full)
@@ -180,6 +184,13 @@ def _resolve_models(full: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
                 f"models.{name}: there is no model '{key}'{_nearest(key, known)}; known: {', '.join(known)}"
             )
             continue
+        if known[key]["class"].startswith("morphome.training."):
+            training["protocol"] = "honest"  # a baseline has none but its own
+        if training.get("protocol") == "published":
+            # What the row says stands before what the original code did, and that before the section for all.
+            original = known[key].get("published", {})
+            entry = {**original.get("settings", {}), **entry}
+            training = {**training, "epoch_rule": "last", **original.get("training", {}), **own}
         _fill(entry, known[key])
         _fill(training, schema()["$defs"]["training"])
         checks = [(f"models.{name}", entry, known[key])]
@@ -189,6 +200,26 @@ def _resolve_models(full: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
             problems += [_explain(error, prefix) for error in _validator(part).iter_errors(content)]
         models[name] = {"name": name, "model": key, "settings": entry, "training": training}
     return models, problems
+
+
+def _resolve_encoder(full: dict[str, Any]) -> list[str]:
+    """Decide which encoder of RNA the run uses, once: a configuration that says so already keeps its decision.
+
+    ``name`` becomes the encoder used, ``requested`` the one asked for. Rows that need one go when it is skipped.
+    """
+    section = full["molecular"]["encoder"]
+    if "requested" in section:
+        return []
+    try:
+        found = resolve(section)
+    except MorphomeError as error:
+        return [str(error).replace("\n ", "")]
+    section |= {"requested": found.requested, "reason": found.reason}
+    if found.used is not None:
+        section["name"] = found.used
+        return []
+    full["models"] = {name: row for name, row in full["models"].items() if "rna" not in info(row["model"]).needs}
+    return [] if full["models"] else [f"models: every row needs the encoder that is skipped. Remedy: {found.reason}"]
 
 
 def _contradictions(full: Mapping[str, Any]) -> list[str]:
@@ -272,6 +303,20 @@ def _contradictions(full: Mapping[str, Any]) -> list[str]:
                 f"models.{name}: needs molecular columns, and no table is configured. "
                 "Remedy: add molecular.rna, .mut or .cnv, or take the model out"
             )
+        published, rule = entry["training"]["protocol"] == "published", entry["training"]["epoch_rule"]
+        if (rule == "oracle_outer_best") > published or (rule == "inner_best" and published):
+            problems.append(
+                f"models.{name}.training.epoch_rule: {rule} does not go with protocol {entry['training']['protocol']}. "
+                "Remedy: honest takes inner_best or last, published takes last or oracle_outer_best"
+            )
+        encoder = molecular.get("encoder", {}).get("name", "snn_raw")
+        wants = {"scgpt": ["expression"], "bulkrnabert": ["expression"], "pathway_mean": ["rna", "groups"]}
+        for need in wants.get(encoder, [] if encoder in FROZEN else ["rna"]) if "rna" in needs else []:
+            if need not in molecular:
+                problems.append(
+                    f"models.{name}: the encoder {encoder} needs molecular.{need}, which is not configured. "
+                    f"Remedy: add molecular.{need}, choose another molecular.encoder or take the model out"
+                )
         tables = list(entry["settings"]["panels"]) if "panels" in needs else []
         for need in [*tables, *(["groups"] if "omic_groups" in needs else [])]:
             if need not in molecular:

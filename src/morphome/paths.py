@@ -27,6 +27,7 @@ REPORT_TABLES = (
     "gene_groups",
     "sources",
     "sites",
+    "published_protocol",
 )
 #: Files that others published (TCGA-CDR, gene sets); all runs of a folder share them.
 PUBLISHED = Path("resources/published")
@@ -118,6 +119,15 @@ class Paths:
         """Panels that the configuration asks for, by name."""
         asked = self._config["molecular"]
         return {panel: self.root / "genomics" / f"{panel}.parquet" for panel in PANELS if panel in asked}
+
+    @property
+    def encoded(self) -> Path:
+        """Vectors that a frozen encoder of RNA makes of the patients."""
+        return self.root / "genomics" / "encoded.parquet"
+
+    @property
+    def encoded_facts(self) -> Path:
+        return self.root / "genomics" / "encoded.json"
 
     @property
     def groups(self) -> Path | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from morphome.files import check_stamp, read_stamp, settings_hash, write_text
+from morphome.models.catalog import info
 from morphome.paths import PANELS, Paths
 
 PACKAGE = Path(__file__).parent
@@ -48,7 +49,11 @@ STEPS: dict[str, Step] = {
         ("cohort", "slides.sheet", "slides.folder", "features.source", "features.path"),
         "morphome.cohort.manifest",
     ),
-    "genes": Step(("molecular", "cohort.sample_types"), "morphome.genomics.panels"),
+    "genes": Step(
+        ("molecular.sheet", *(f"molecular.{part}" for part in (*PANELS, "groups")), "cohort.sample_types"),
+        "morphome.genomics.panels",
+    ),
+    "encode_rna": Step(("molecular.encoder",), "morphome.rna.step"),
     "weights": Step(("features.encoder",), "morphome.features.prefetch"),
     "tile": Step(("tiling", "slides.reader"), "morphome.slides.tile_job"),
     # How an encoder is run (weights, device, runtime, batch) is not among its settings: the vectors are the same, and
@@ -82,7 +87,9 @@ def step_settings(
         model: for ``train``; only this row's entry is passed on.
     """
     if step == "train":
-        return {"model": config["models"][model]}
+        entry = config["models"][model]
+        encoder = config["molecular"].get("encoder", {})
+        return {"model": entry, **({"encoder": encoder} if "rna" in info(entry["model"]).needs else {})}
     keys = STEPS[step].keys
     if keys == ("*",):
         return dict(config)
@@ -139,13 +146,18 @@ def write_resolved(config: Mapping[str, Any]) -> Path:
 
 
 @functools.cache
-def code_hash(step: str) -> str:
+def code_hash(step: str, *models: str) -> str:
     """Hash of every module of morphome that the step's module imports, directly or not, and the data files they name.
 
-    Snakemake does not notice edits of a package; as a parameter of the rule this repeats what they touch.
+    Snakemake does not notice edits of a package; as a parameter of the rule this repeats what they touch. Training
+    imports no model by name, so that the edit of one repeats its own rows only.
+
+    Args:
+        models: for ``train``, the registry keys of the models of the row.
     """
     digest = hashlib.sha256()
-    for path in sorted(_closure(STEPS[step].module)):
+    files = _closure(STEPS[step].module).union(*(_closure(info(key).module) for key in models))
+    for path in sorted(files):
         digest.update(str(path.relative_to(PACKAGE)).encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
@@ -191,6 +203,13 @@ def _file_of(module: str) -> Path | None:
         if candidate.is_file() and candidate != PACKAGE / "__init__.py":
             return candidate
     return None
+
+
+def train_code_hash(config: Mapping[str, Any], model: str) -> str:
+    """:func:`code_hash` of the step ``train`` for one row: of its model, and of the teacher if it has one."""
+    entry = config["models"][model]
+    teacher = (entry["training"]["distil"] or {}).get("teacher")
+    return code_hash("train", entry["model"], *([teacher] if teacher else []))
 
 
 def require_made_by(path: Path, format_name: str, settings: Mapping[str, Any]) -> Path:

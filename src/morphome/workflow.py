@@ -13,7 +13,9 @@ from morphome.cohort.slide_sheet import SlideRow, read_slide_sheet
 from morphome.config import named_files
 from morphome.download.listing import KIND_OF_FORMAT, KINDS
 from morphome.errors import MorphomeError
+from morphome.models.catalog import info
 from morphome.paths import GDC_TABLES, PANELS, PUBLISHED, Paths
+from morphome.rna.registry import FROZEN, resolve
 
 
 def slides_from_gdc(config: Mapping[str, Any]) -> bool:
@@ -97,6 +99,17 @@ def fetched_weights(config: Mapping[str, Any]) -> bool:
     from morphome.features.weights import promised_sha256
 
     return promised_sha256(config["features"]) is not None
+
+
+def encodes_rna(config: Mapping[str, Any]) -> bool:
+    """Whether a step of its own makes vectors of RNA: a frozen encoder is used, and a row needs it."""
+    used = config["molecular"].get("encoder", {}).get("name") in FROZEN
+    return used and any("rna" in info(row["model"]).needs for row in config["models"].values())
+
+
+def rna_files(config: Mapping[str, Any]) -> list[Path]:
+    """What the encoder of RNA reads beside the molecular tables: its weights, single cells or a table of vectors."""
+    return list(resolve(config["molecular"]["encoder"]).files)
 
 
 def run_folders(config: Mapping[str, Any]) -> list[tuple[str, Path]]:

@@ -28,6 +28,17 @@ def test_attention_sums_to_one_and_follows_the_patches():
     torch.testing.assert_close(a["logits"], b["logits"])
 
 
+def test_the_pooled_bag_is_handed_out_with_its_gradient():
+    torch.manual_seed(0)
+    model = ABMIL(10, 4, dim=16, attention_dim=8, head_dim=8).eval()
+    x = torch.randn(40, 10)
+    out = model(Batch(path=x))
+    pooled = (out["attn"]["gated"][:, None] * torch.relu(model.project.linear(x))).sum(0)
+    torch.testing.assert_close(out["aux"]["pooled"], pooled[None])
+    out["aux"]["pooled"].sum().backward()
+    assert bool(model.project.linear.weight.grad.any()) and model.classifier.weight.grad is None
+
+
 def test_genes_are_ignored():
     torch.manual_seed(0)
     model = ABMIL(10, 4, dim=16, attention_dim=8, head_dim=8).eval()

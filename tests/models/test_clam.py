@@ -82,6 +82,8 @@ def test_logits_and_attention_equal_the_formulas(model_class, n):
     assert attention.shape == ((n,) if model_class is CLAMSB else (4, n))
     torch.testing.assert_close(attention.reshape(-1, n), torch.tensor(rows))
     torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]))
+    h = torch.relu(model.project.linear(x))
+    torch.testing.assert_close(out["aux"]["pooled"], (torch.tensor(rows) @ h).mean(0, keepdim=True))
 
 
 @both

@@ -106,6 +106,22 @@ def test_alignment_pulls_the_decoders_only():
     assert not out["aux"]["alignment"].requires_grad
 
 
+def test_the_fusion_gets_the_mean_class_tokens():
+    model = make().eval()
+    seen = class_tokens(model)
+    with torch.no_grad():
+        z = model.encode(patient()).z
+    for branch, name in (("path", "path"), ("omic", "gene")):
+        torch.testing.assert_close(z[branch], (seen[f"{name}_encoder"] + seen[f"{name}_decoder"]) / 2)
+
+
+def test_the_error_of_the_pseudo_inverse_is_noted_in_evaluation():
+    model = make(attention="nystrom_masked").eval()
+    with torch.no_grad():
+        assert set(model(patient(20))["aux"]) == {"alignment", "pinv_error"}
+        assert set(model(patient(4))["aux"]) == {"alignment"}
+
+
 def test_alignment_is_a_loss_of_training_only():
     assert make().eval()(patient())["extra_losses"] == {}
     assert make(alpha=0.0)(patient())["extra_losses"] == {}

@@ -40,6 +40,7 @@ def test_formula(pool, n):
     hidden = (w["hidden.linear.weight"] @ pooled + w["hidden.linear.bias"]).clamp(min=0)
     expected = w["classifier.weight"] @ hidden + w["classifier.bias"]
     torch.testing.assert_close(logits(model, x), expected.unsqueeze(0))
+    torch.testing.assert_close(model(Batch(path=x))["aux"]["pooled"], pooled.unsqueeze(0))
 
 
 @pytest.mark.parametrize("pool", POOLS)

@@ -66,6 +66,9 @@ def test_everything_equals_the_formulas(ln, n):
     torch.testing.assert_close(out["logits"], torch.tensor([logits]), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(out["attn"]["bag"], torch.tensor(rows), rtol=1e-4, atol=1e-6)
     assert out["aux"]["critical"].tolist() == critical
+    with torch.no_grad():
+        pooled = model.norm(model.value(torch.tensor(rows) @ torch.relu(model.project.linear(x)))).mean(0, keepdim=True)
+    torch.testing.assert_close(out["aux"]["pooled"], pooled, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(out["attn"]["bag"].sum(1), torch.ones(4))
 
 

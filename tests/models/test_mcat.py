@@ -176,12 +176,14 @@ def test_evaluation_is_repeatable_blind_to_labels_and_survives_saving():
         assert torch.equal(first, other(batch)["logits"])
 
 
-def test_branches_hold_what_only_one_modality_passes():
+def test_branches_are_encoder_and_pool_of_a_modality_and_share_the_co_attention():
     model = make()
-    model(patient())["logits"].sum().backward()
-    branches = model.branch_parameters()
-    assert {id(p) for p in branches["path"]} == {id(p) for p in model.project.parameters()}
-    assert {id(p) for p in branches["omic"]} == {id(p) for p in model.groups.parameters()}
+    branches = {name: {id(p) for p in ps} for name, ps in model.branch_parameters().items()}
+    parts = {"path": (model.project, model.path_pool), "omic": (model.groups, model.gene_pool)}
+    for name, modules in parts.items():
+        assert branches[name] == {id(p) for module in modules for p in module.parameters()}
+    shared = {id(p) for p in model.parameters()} - branches["path"] - branches["omic"]
+    assert {id(p) for p in model.coattention.parameters()} < shared
 
 
 @pytest.mark.parametrize("settings", [{"heads": 3}, {"fusion": "sum"}, {"fusion": "bilinear", "dim": 4}])

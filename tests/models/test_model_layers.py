@@ -75,6 +75,19 @@ def test_group_encoder_is_one_snn_pair_per_group():
         encoder(groups[:2])
 
 
+def test_group_encoder_stands_in_for_missing_genes_only_when_asked():
+    torch.manual_seed(0)
+    encoder, groups = layers.GroupEncoder([3, 1], 8).eval(), (torch.randn(3), torch.randn(1))
+    with pytest.raises(MorphomeError, match="0 gene groups"):
+        encoder(None)
+    names, before = list(encoder.state_dict()), encoder(groups)
+    encoder.add_missing()
+    assert list(encoder.state_dict()) == ["missing", *names] and torch.equal(encoder(groups), before)
+    tokens = encoder(None)
+    assert tokens.shape == (2, 8) and not torch.equal(tokens[0], tokens[1])
+    assert 0 < tokens.abs().max() < 10 * layers.MISSING_SD
+
+
 def test_gated_attention_pools_with_its_weights():
     torch.manual_seed(0)
     pool = layers.GatedAttention(6, 5, 3).eval()

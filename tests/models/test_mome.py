@@ -10,6 +10,7 @@ from morphome.models import mome
 from morphome.models.batch import Batch
 from morphome.models.hazard import nll_loss
 from morphome.models.mome import EXPERTS, LAYERS, MoME
+from morphome.models.nystrom import NystromAttention
 
 GROUPS = {"a": 5, "b": 3, "c": 9}
 #: Columns of the six gene families in the MCAT table of TCGA-BLCA.
@@ -72,12 +73,53 @@ def test_order_of_the_layers():
     for name, layer in model.layers.items():
         layer.register_forward_hook(lambda _m, a, out, name=name: seen.append((name, a[0], a[1], out[0])))
     with torch.no_grad():
-        p0, g0 = model.encode(patient())
-        p2, g2, routing, _ = model.fuse(p0, g0)
+        p0, g0 = model.embed(patient())
+        p2, g2, routing, _ = model.exchange(p0, g0)
     (_, x1, r1, p1), (_, x2, r2, g1), (_, x3, r3, q), (_, x4, r4, g) = seen
     assert [row[0] for row in seen] == list(LAYERS) == list(routing)
     assert x1 is p0 and r1 is g0 and x2 is g0 and r2 is p1
     assert x3 is p1 and r3 is g1 and q is p2 and x4 is g1 and r4 is p2 and g is g2
+
+
+def test_what_reaches_the_fusion_are_the_tokens_after_the_four_layers():
+    model = make(router="soft").eval()
+    with torch.no_grad():
+        p2, g2, _, _ = model.exchange(*model.embed(patient()))
+        z = model.encode(patient()).z
+        assert torch.equal(z["path"], p2) and torch.equal(z["omic"], g2)
+        assert p2.shape == (20, 16) and g2.shape == (3, 16)
+        expected = model.classifier(model.fusion(torch.cat([model.cls, p2, g2])))[:1]
+        torch.testing.assert_close(model.fuse(z), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"router": "frozen"}, {"residual": "both", "residual_scale": "learned"}, {"tokens": "frozen_random"}],
+)
+def test_a_branch_is_an_encoder_and_the_expert_layers_of_its_modality(settings):
+    model = make(**settings)
+    names = {id(p): name for name, p in model.named_parameters()}
+    starts = {"path": ("project.", "skip.", "layers.path1.", "layers.path2."), "omic": ("groups.", "layers.gene")}
+    for branch, parameters in model.branch_parameters().items():
+        found = {names[id(p)] for p in parameters}
+        trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert found == {name for name in trainable if name.startswith(starts[branch])}
+
+
+@pytest.mark.parametrize("n", [9, 40])
+def test_the_error_of_the_pseudo_inverse_is_noted_where_one_was_taken(n):
+    model = make(attention="nystrom_masked", router="fixed:TransFusion")
+    assert "pinv_error" not in model(patient(40))["aux"]
+    model.eval()
+    with torch.no_grad():
+        model(patient(40))
+        aux = model(patient(n))["aux"]
+    layers = [m for m in model.modules() if isinstance(m, NystromAttention)]
+    if n == 9:  # 13 tokens and 16 landmarks: exact, and nothing is left of the longer bag
+        assert "pinv_error" not in aux and all(layer.pinv_error is None for layer in layers)
+    else:
+        assert aux["pinv_error"] == max(layer.pinv_error for layer in layers)
+        assert isinstance(aux["pinv_error"], float) and 0 < aux["pinv_error"] < 1
 
 
 def test_straight_through_has_the_value_of_the_chosen_expert_and_trains_the_gate():
@@ -159,8 +201,8 @@ def test_frozen_gate_is_saved_and_not_trainable():
 def test_fixed_router(expert):
     model = make(router=f"fixed:{expert}").eval()
     with torch.no_grad():
-        p0, g0 = model.encode(patient())
-        p2, g2, routing, _ = model.fuse(p0, g0)
+        p0, g0 = model.embed(patient())
+        p2, g2, routing, _ = model.exchange(p0, g0)
     e = EXPERTS.index(expert)
     assert all(row["expert"] == e and row["pi"].argmax() == e for row in routing.values())
     unchanged = torch.equal(p2, p0) and torch.equal(g2, g0)
@@ -292,8 +334,8 @@ SKIPS = ("moe_skip", "both")
 @pytest.mark.parametrize("residual", SKIPS)
 def test_a_learned_scale_starts_as_the_identity_in_all_four_layers(router, residual):
     model = make(router=router, residual=residual, residual_scale="learned")
-    p0, g0 = model.eval().encode(patient())
-    p2, g2, _, _ = model.fuse(p0, g0)
+    p0, g0 = model.eval().embed(patient())
+    p2, g2, _, _ = model.exchange(p0, g0)
     assert torch.equal(p2, p0) and torch.equal(g2, g0)
     chosen = backward(model.train(), patient())
     assert [layer.scale.shape for layer in model.layers.values()] == [torch.Size([])] * 4
@@ -330,8 +372,8 @@ def test_the_skip_around_an_expert_layer_adds_x_once(router):
 def test_the_skip_with_the_dropping_expert_is_x_not_twice_x():
     model = make(router="fixed:DropX2Fusion", residual="moe_skip").eval()
     with torch.no_grad():
-        p0, g0 = model.encode(patient())
-        p2, g2, _, _ = model.fuse(p0, g0)
+        p0, g0 = model.embed(patient())
+        p2, g2, _, _ = model.exchange(p0, g0)
     assert torch.equal(p2, p0) and torch.equal(g2, g0)
 
 
@@ -351,7 +393,7 @@ def test_skips_around_the_projections(residual):
     model, bag = make(residual=residual).eval(), patient()
     assert model.skip.bias is None and count(model) == count(make()) + 12 * 16
     with torch.no_grad():
-        p0, g0 = model.encode(bag)
+        p0, g0 = model.embed(bag)
         expected = model.project(bag.path) + bag.path @ model.skip.weight.T
         rows = []
         for first, second, x in zip(model.groups.first, model.groups.second, bag.groups, strict=True):

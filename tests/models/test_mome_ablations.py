@@ -9,6 +9,7 @@ import torch
 
 from morphome.errors import MorphomeError
 from morphome.models.batch import Batch
+from morphome.models.fusion import FusionModel
 from morphome.models.hazard import nll_loss
 from morphome.models.mome import MoME
 from morphome.models.mome_ablations import MoMEGenes, MoMENoMoE, MoMEWSI
@@ -70,6 +71,7 @@ def test_without_moe_only_the_head_mixes():
         expected = model.classifier(model.fusion(tokens)[:1])
         torch.testing.assert_close(model(bag)["logits"], expected)
     assert not any(name.startswith("layers") for name in model.state_dict())
+    assert model.encode(bag).z["path"].shape == (20, 16) and model(bag)["aux"] == {}
 
 
 def test_the_fixed_variant_is_mome_with_one_expert():
@@ -96,7 +98,7 @@ def test_a_learned_token_stands_for_the_genes():
     model = make("wsi_learned_ref", router="soft").eval()
     full = MoME(12, {"one": 1}, 4, router="soft", **SMALL).eval()
     full.load_state_dict(model.state_dict(), strict=False)
-    full.encode = lambda batch: (full.project(batch.path), model.ref)
+    full.embed = lambda batch: (full.project(batch.path), model.ref)
     with torch.no_grad():
         out = model(patient())
         torch.testing.assert_close(out["logits"], full(patient())["logits"])
@@ -150,8 +152,16 @@ def test_gradients_reach_every_parameter(name, attention):
         nll_loss(out["logits"], torch.tensor([seed]), torch.tensor([1])).backward()
     for key, p in model.named_parameters():
         assert not p.requires_grad or bool((p.grad != 0).any()), key
-    trained = {id(p) for p in model.parameters()}
-    assert all(id(p) in trained for ps in model.branch_parameters().values() for p in ps)
+
+
+@pytest.mark.parametrize("name", ["wsi", "wsi_learned_ref"])
+def test_slides_alone_hand_out_the_class_token(name):
+    model = make(name)
+    out = model(patient())
+    assert out["aux"]["pooled"].shape == (1, 16) and out["aux"]["pooled"].requires_grad
+    assert torch.equal(model.classifier(out["aux"]["pooled"]), out["logits"])
+    # without genes there is nothing to balance
+    assert not isinstance(model, FusionModel)
 
 
 @every

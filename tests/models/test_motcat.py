@@ -114,7 +114,7 @@ def test_groups_read_the_patches_by_the_plan(renormalise):
     model.path_pool.register_forward_pre_hook(lambda _m, given: seen.append(given[0]))
     with torch.no_grad():
         out = model(patient(40))
-        h, g = model.encode(patient(40))
+        h, g = model.embed(patient(40))
     plan = out["attn"]["coattention"]
     assert plan.shape == (3, 40) and bool((plan >= 0).all())
     expected = torch.stack([sum(plan[t, n] * h[n] for n in range(40)) for t in range(3)])
@@ -164,6 +164,18 @@ def test_micro_batches_average_the_risk_of_their_parts():
         torch.testing.assert_close(out["attn"]["coattention"][:, p], row["attn"]["coattention"] / 3)
     model.train()
     assert not torch.equal(torch.cat(model.parts(40, batch.path.device)), torch.cat(parts))
+
+
+def test_every_part_hands_its_own_rows_to_the_fusion():
+    model = make(bag="micro", micro_size=16).eval()
+    with torch.no_grad():
+        z = model.encode(patient(40)).z
+        assert z["path"].shape == z["omic"].shape == (3, 16)
+        each = [model.fuse({u: rows[i : i + 1] for u, rows in z.items()}) for i in range(3)]
+        torch.testing.assert_close(model.fuse(z), mean_survival(torch.cat(each)))
+        # one row stands beside every row of the other
+        one = {"path": z["path"], "omic": z["omic"][:1]}
+        torch.testing.assert_close(model.fuse(one), model.fuse(one | {"omic": z["omic"][:1].expand(3, -1)}))
 
 
 def test_mean_survival():

@@ -95,8 +95,24 @@ def test_short_sequences_drown_in_padding_only_as_published():
         assert relative(layers["nystrom_masked"](x), exact) < 1e-6
 
 
+@pytest.mark.parametrize("value_conv", [True, False])
+@pytest.mark.parametrize("n", [1, 8, 9, 63, 64, 65, 200])
+def test_auto_is_exact_up_to_eight_tokens_per_landmark(n, value_conv):
+    layers = {m: make(m, value_conv=value_conv) for m in ("auto", "exact", "nystrom_masked")}
+    x = tokens(n)
+    with torch.no_grad():
+        out = {mode: layer(x) for mode, layer in layers.items()}
+        assert torch.equal(out["auto"], out["exact" if n <= 64 else "nystrom_masked"])
+        assert n <= 8 or not torch.equal(out["exact"], out["nystrom_masked"])
+        # a row or two are cheaper exactly at any length
+        few = layers["auto"](x, keep=(0, 1))
+        assert torch.equal(few, layers["exact"](x, keep=(0, 1)))
+        torch.testing.assert_close(few, out["exact"][:, :1], atol=1e-5, rtol=1e-4)
+    assert (layers["auto"].pinv_error is None) and (layers["nystrom_masked"].pinv_error is None) == (n <= 8)
+
+
 @pytest.mark.parametrize("mode", nystrom.MODES)
-@pytest.mark.parametrize("n", [1, 6, 37, 90])
+@pytest.mark.parametrize("n", [1, 6, 37, 60])
 def test_keep_computes_rows_of_the_whole(mode, n):
     layer, x = make(mode), tokens(n)
     with torch.no_grad():
@@ -159,6 +175,18 @@ def test_pseudo_inverse_inverts_and_scales_per_matrix():
     alone = nystrom.pseudo_inverse(a[:1], 2)
     torch.testing.assert_close(nystrom.pseudo_inverse(a, 2)[:1], alone)
     assert nystrom.pinv_error(a, z) < 1e-5 < nystrom.pinv_error(a, alone)
+
+
+def test_error_of_the_pseudo_inverse_and_its_estimate():
+    generator = torch.Generator().manual_seed(7)
+    a = (4 * torch.eye(48) + 2 * torch.randn(3, 48, 48, generator=generator)).softmax(-1)
+    z = nystrom.pseudo_inverse(a, 6)
+    rest = a @ z @ a - a
+    expected = max((rest[i].square().sum() / a[i].square().sum()).sqrt().item() for i in range(3))
+    assert nystrom.pinv_error(a, z) == pytest.approx(expected, rel=1e-4) and expected > 1e-3
+    state = torch.get_rng_state()
+    assert nystrom.pinv_error(a, z, 16) == nystrom.pinv_error(a, z, 16) == pytest.approx(expected, rel=0.2)
+    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_half_precision_attention_runs_in_float32():

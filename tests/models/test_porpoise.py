@@ -161,6 +161,9 @@ def test_evaluation_is_the_formula():
     assert len(model.genes.layers) == 2
     torch.testing.assert_close(out["attn"]["gated"], weights)
     torch.testing.assert_close(out["logits"], logits[None], atol=1e-5, rtol=1e-4)
+    z = model.encode(batch).z
+    torch.testing.assert_close(z["path"], path[None])
+    torch.testing.assert_close(z["omic"], genes[None])
 
 
 def test_launcher_legacy_turns_gates_skip_and_input_dropout_off():
@@ -199,6 +202,9 @@ def test_penalty_covers_genes_and_fusion_in_training_only():
     assert model.project.linear.weight.grad is None
     assert model.eval()(patient())["extra_losses"] == {}
     assert make(l1=0.0)(patient())["extra_losses"] == {}
+    stand_in = make(l1=0.5)
+    stand_in.genes.add_missing()
+    assert stand_in(patient())["extra_losses"]["l1"].item() == penalty.item()
 
 
 @pytest.mark.parametrize("bilinear", [True, False])
@@ -269,6 +275,7 @@ def test_amil_is_gated_attention_and_one_linear_map():
         h = torch.relu(model.project.linear(batch.path))
         pooled = (out["attn"]["gated"][:, None] * h).sum(0)
         torch.testing.assert_close(out["logits"][0], model.classifier(pooled))
+        torch.testing.assert_close(out["aux"]["pooled"], pooled[None])
     assert out["attn"]["gated"].sum().item() == pytest.approx(1, abs=1e-5)
 
 

@@ -126,3 +126,13 @@ def test_what_does_not_fit_is_refused():
         OmicEncoder(0, 8, 2, 0.1)
     with pytest.raises(MorphomeError, match="0 layers"):
         SNNModel(D, 4, layers=0)
+
+
+def test_the_encoder_stands_in_for_missing_columns_only_when_asked():
+    encoder, batch = OmicEncoder(5, 8, 2, 0.1).eval(), Batch(omic_all=torch.randn(5))
+    with pytest.raises(MorphomeError, match="P4: no molecular columns"):
+        encoder(Batch(patient_id="P4"))
+    before = encoder(batch)
+    encoder.add_missing()
+    assert torch.equal(encoder(batch), before)
+    assert encoder(Batch()) is encoder.missing and encoder.missing.shape == (8,)

@@ -100,6 +100,8 @@ def test_evaluation_is_the_formula():
         e = torch.cat([sum(z[:3]) / 3, sum(z[3:]) / 4])
         expected = model.classifier(torch.relu(model.hidden(e)))
         torch.testing.assert_close(model(batch)["logits"], expected[None], atol=1e-5, rtol=1e-5)
+        halves = model.encode(batch).z
+    torch.testing.assert_close(torch.cat([halves["omic"], halves["path"]], 1), e[None], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 60])

@@ -47,6 +47,18 @@ def test_class_token_of_the_transformer_over_projected_patches():
         cls, _ = model.transformer(torch.relu(bag.path @ model.project.weight.T + model.project.bias))
         torch.testing.assert_close(model(bag)["logits"], model.classifier(cls), atol=1e-5, rtol=1e-5)
         assert model(bag)["attn"] == {} and model(bag)["extra_losses"] == {}
+        torch.testing.assert_close(model(bag)["aux"]["pooled"], cls, atol=1e-5, rtol=1e-5)
+
+
+def test_the_error_of_the_pseudo_inverse_is_noted_in_evaluation():
+    model = make(attention="nystrom_masked")
+    assert set(model(patient(40))["aux"]) == {"pooled"}
+    model.eval()
+    with torch.no_grad():
+        aux = model(patient(40))["aux"]
+        errors = [layer.attention.pinv_error for layer in (model.transformer.first, model.transformer.second)]
+        assert aux["pinv_error"] == max(errors) and min(errors) > 0
+        assert set(model(patient(4))["aux"]) == {"pooled"}
 
 
 def slow_ppeg(ppeg: PPEG, x: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:

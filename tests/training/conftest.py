@@ -11,11 +11,20 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from morphome.config import schema
 from morphome.files import stamp, write_json, write_parquet
 
+
+def small_models() -> dict[str, dict[str, Any]]:
+    """Settings that make the models small, shared by all tests."""
+    return yaml.safe_load((Path(__file__).parents[1] / "data" / "small_models.yaml").read_text(encoding="utf-8"))
+
+
 TRAINING = {
+    **{name: part.get("default") for name, part in schema()["$defs"]["training"]["properties"].items()},
+    "search": {},
     "epochs": 2,
     "learning_rate": 0.005,
     "weight_decay": 1e-5,
@@ -30,73 +39,10 @@ TRAINING = {
     "device": "cpu",
     "seed": 1,
 }
-#: Small settings of every model of the registry.
+#: Small settings of every model: the defaults of the schema, and over them what makes it small.
 MODELS: dict[str, dict[str, Any]] = {
-    "random": {},
-    "clinical_cox": {"covariates": ["age", "sex", "stage", "grade"], "ridge": 1.0},
-    "coxnet_genes": {"panels": ["rna"], "l1_ratio": 0.05, "n_alphas": 8, "inner_folds": 3, "clip": 6.0},
-    "mean_pool_cox": {
-        "statistics": "mean_sd",
-        "components": 8,
-        "ridges": [3.0, 30.0, 300.0],
-        "inner_folds": 3,
-    },
-    "abmil": {"dim": 16, "attention_dim": 8, "head_dim": 8, "dropout": 0.25},
-    "mome": {
-        "dim": 16,
-        "heads": 2,
-        "landmarks": 4,
-        "bottlenecks": 2,
-        "router": "straight_through",
-        "tokens": "parameter",
-        "attention": "nystrom_masked",
-        "value_conv": True,
-        "temperature": 1.0,
-        "balance_loss": 0.1,
-        "dropout": 0.25,
-        "attention_dropout": 0.1,
-        "residual": "none",
-        "residual_scale": 1,
-    },
-}
-#: Of the other models what makes them small; the rest are the defaults of the schema.
-SMALL: dict[str, dict[str, Any]] = {
-    "deep_sets": {"dim": 16, "head_dim": 8},
-    "clam_sb": {"dim": 16, "attention_dim": 8},
-    "clam_mb": {"dim": 16, "attention_dim": 8},
-    "dsmil": {"dim": 16, "query_dim": 8},
-    "transmil": {"dim": 16, "heads": 2, "landmarks": 4},
-    "porpoise_amil": {"dim": 16, "attention_dim": 8},
-    "snn": {"dim": 16, "layers": 4},
-    "porpoise": {"dim": 16, "attention_dim": 8, "fusion_dim": 32, "scale": 2},
-    "mcat": {"dim": 16, "heads": 2, "feedforward": 24, "attention_dim": 8},
-    "motcat": {"dim": 16, "heads": 2, "feedforward": 24, "attention_dim": 8},
-    "cmta": {"dim": 16, "gene_dim": 24, "heads": 2, "landmarks": 4},
-    "survpath": {"dim": 16, "attention_dim": 8, "head_dim": 32},
-    "mome_no_moe": {"dim": 16, "heads": 2, "landmarks": 4},
-    "mome_wsi": {"dim": 16, "heads": 2, "landmarks": 4},
-    "mome_genes": {"dim": 16, "heads": 2, "landmarks": 4},
-    "ridge_genes": {"panels": ["rna"], "ridges_per_column": [0.1, 1.0, 10.0], "inner_folds": 3, "clip": 5.0},
-    "clinical_genes": {
-        "covariates": ["age", "sex", "stage", "grade"],
-        "ridge": 1.0,
-        "panels": ["rna"],
-        "ridges_per_column": [0.1, 1.0, 10.0],
-        "inner_folds": 3,
-        "clip": 5.0,
-    },
-    "rsf": {
-        "covariates": ["age", "sex", "stage", "grade"],
-        "panels": ["rna"],
-        "components": 4,
-        "clip": 5.0,
-        "trees": 10,
-        "min_leaf": 5,
-    },
-}
-MODELS |= {
-    key: {**{name: part["default"] for name, part in schema()["$defs"]["models"][key]["properties"].items()}, **small}
-    for key, small in SMALL.items()
+    key: {**{name: part["default"] for name, part in row["properties"].items()}, **small_models().get(key, {})}
+    for key, row in schema()["$defs"]["models"].items()
 }
 
 

@@ -10,12 +10,13 @@ from morphome import survival
 from morphome.errors import MorphomeError
 from morphome.files import write_parquet
 from morphome.training import baselines_genes
-from morphome.training.baselines_genes import GENE_BASELINES, principal_axes
+from morphome.training.baselines_genes import ClinicalGenes, RandomForest, RidgeGenes, principal_axes
 from morphome.training.checkpoint import load_model, save_model
 from morphome.training.data import load_fold
 from morphome.training.inner_cv import inner_cv_scores, inner_membership
 from morphome.training.preprocess import ColumnScaler
 
+GENE_BASELINES = {model.key: model for model in (RidgeGenes, ClinicalGenes, RandomForest)}
 KEYS = list(GENE_BASELINES)
 CLINICAL = {"covariates": ["age", "sex", "stage"], "ridge": 1.0}
 RIDGE = {"panels": ["rna"], "ridges_per_column": [0.1, 1.0, 10.0], "inner_folds": 3, "clip": 5.0}

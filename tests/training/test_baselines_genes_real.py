@@ -12,7 +12,7 @@ import pytest
 from morphome import survival
 from morphome.cohort.values import grade_of, stage_of
 from morphome.files import write_parquet
-from morphome.training.baselines_genes import GENE_BASELINES
+from morphome.models.catalog import models
 from morphome.training.data import FoldData
 
 REAL = {
@@ -81,7 +81,7 @@ def c_of_folds(folds, truth, key, scores):
     """For each score ``(model, fold, ids) -> risk``: mean C over the test folds and stratified C."""
     counts = []
     for k, fold in enumerate(folds):
-        model = GENE_BASELINES[key](REAL[key], {"seed": 1}, k)
+        model = models()[key].load()(REAL[key], {"seed": 1}, k)
         model.fit(fold, [])
         ids = fold.ids("test")
         y = truth.loc[list(ids)]

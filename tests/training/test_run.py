@@ -11,14 +11,15 @@ import pytest
 from morphome.config import schema
 from morphome.errors import MorphomeError, MorphomeWarning
 from morphome.files import parquet_meta, read_json, read_parquet
-from morphome.models.registry import MODELS
-from morphome.training.baselines import BASELINES
+from morphome.models.catalog import models
+from morphome.models.registry import network
+from morphome.training.baselines import RandomScore
 from morphome.training.checkpoint import load_model, save_model
 from morphome.training.data import load_fold
 from morphome.training.run import load_run, run_train
 
-KEYS = list(MODELS)
-NEURAL_KEYS = [key for key in KEYS if MODELS[key].kind == "neural"]
+KEYS = list(models())
+NEURAL_KEYS = [key for key in KEYS if models()[key].kind == "neural"]
 
 
 def train(key, files, out, settings_of, fold=0, **training):
@@ -52,7 +53,7 @@ def runs(files, settings_of, tmp_path_factory):
 
 def test_every_model_has_exactly_the_settings_of_the_schema(tiny_models, settings_of):
     parts = schema()["$defs"]
-    assert set(tiny_models) == set(MODELS) == set(parts["models"])
+    assert set(tiny_models) == set(models()) == set(parts["models"])
     for key, settings in tiny_models.items():
         assert set(settings) == set(parts["models"][key]["properties"]), key
     assert set(settings_of("random")["model"]["training"]) == set(parts["training"]["properties"])
@@ -204,8 +205,8 @@ def test_files_of_a_run(key, runs, planted):
     assert facts["n_fitted"] == int(roles.isin(fitted_on).sum())
     assert facts["model"] == key
     assert facts["constant_prediction"] is False
-    assert facts["needs"] == sorted(MODELS[key].needs)
-    assert facts["feature_fingerprint"] == ("0123456789ab" if "path" in MODELS[key].needs else "")
+    assert facts["needs"] == sorted(models()[key].needs)
+    assert facts["feature_fingerprint"] == ("0123456789ab" if "path" in models()[key].needs else "")
     rows = history(out)
     assert rows["chosen"].sum() == 1
     assert facts["epochs_run"] == len(rows)
@@ -214,7 +215,7 @@ def test_files_of_a_run(key, runs, planted):
     assert (len(routing) > 0) == (key == "mome")
     arrays, _ = load_model(out / "model.safetensors")
     assert all(name.startswith(("weights/", "fitted/")) for name in arrays)
-    if key in NEURAL_KEYS:
+    if key in NEURAL_KEYS and network(key).head == "hazard":
         assert arrays["fitted/baseline_offsets"].shape == (len(arrays["fitted/bin_edges"]) + 1,)
         assert arrays["fitted/baseline_offsets"].dtype == np.float64
         assert arrays["fitted/baseline_offsets"].all()  # or the test of the reload would say nothing about them
@@ -247,7 +248,7 @@ def test_folds_differ(runs, files, settings_of, tmp_path):
 
 def test_constant_predictions_are_recorded_and_warned_of(files, settings_of, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        BASELINES["random"],
+        RandomScore,
         "predict",
         lambda self, fold, ids, times: (np.ones(len(ids)), np.ones((len(ids), len(times)))),
     )

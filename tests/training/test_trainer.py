@@ -12,6 +12,7 @@ from torch import nn
 import morphome.training.trainer as trainer
 from morphome.errors import MorphomeError
 from morphome.training.data import load_fold
+from morphome.training.loop import Loop
 from morphome.training.objective import sampling_weights
 from morphome.training.trainer import NeuralModel, torch_state
 
@@ -22,6 +23,7 @@ class Tiny(nn.Module):
     """Mean of the bag to logits; one routing entry; records what it is given."""
 
     needs = frozenset({"path"})
+    supports = frozenset()
     head = "hazard"
     extra = 0.0
     dropout = 0.0
@@ -43,7 +45,7 @@ class Tiny(nn.Module):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setitem(trainer.NEURAL, "tiny", Tiny)
+    monkeypatch.setattr(trainer, "network", lambda key: Tiny)
     monkeypatch.setattr(trainer, "build", lambda key, settings, dims: Tiny(dims.d_in, dims.n_bins))
     monkeypatch.setattr(Tiny, "extra", 0.0)
     monkeypatch.setattr(Tiny, "dropout", 0.0)
@@ -68,7 +70,6 @@ def test_every_window_is_stepped_and_divided_by_its_true_size(tiny, fold, settin
     """The gradients that the optimiser gets equal those of the mean loss over each window, the last one too."""
     steps = []
     plain = torch.optim.Adam.step
-    kept: list[NeuralModel] = []
 
     def spy(self, *args, **kwargs):
         steps.append([p.grad.clone() for group in self.param_groups for p in group["params"]])
@@ -76,15 +77,14 @@ def test_every_window_is_stepped_and_divided_by_its_true_size(tiny, fold, settin
 
     monkeypatch.setattr(torch.optim.Adam, "step", spy)
     monkeypatch.setattr(Tiny, "extra", 0.3)
-    original = NeuralModel._order
+    original = Loop.windows
     orders = []
 
-    def order(self, train, epoch):
-        kept.append(self)
-        orders.append(original(self, train, epoch))
-        return orders[-1]
+    def windows(self, epoch):
+        orders.extend(original(self, epoch))
+        return orders
 
-    monkeypatch.setattr(NeuralModel, "_order", order)
+    monkeypatch.setattr(Loop, "windows", windows)
     n = len(fold.ids("train"))
     window = n - 3  # two windows, the last one of 3 patients
     model, _ = trained(
@@ -92,35 +92,39 @@ def test_every_window_is_stepped_and_divided_by_its_true_size(tiny, fold, settin
     )
     assert len(steps) == 2
     train = fold.outcomes("train")
-    for grads, members in zip(steps, (orders[0][:window], orders[0][window:]), strict=True):
+    assert [len(members) for members in orders] == [window, 3]
+    for grads, members in zip(steps, orders, strict=True):
         model.module.zero_grad()
         losses = []
         for i in members:
-            output = model.module(model._batch(fold, train.ids[i]))
-            loss = model.objective.loss(output, train.time[i], train.event[i], 0.0)
+            output = model.module(model.inputs.batch(fold, train.ids[i]))
+            loss = model.objective.loss(output["logits"], train.time[i], train.event[i])
             losses.append(loss + output["extra_losses"]["norm"])
         torch.stack(losses).mean().backward()
         for got, parameter in zip(grads, model.module.parameters(), strict=True):
             torch.testing.assert_close(got, parameter.grad, atol=1e-6, rtol=1e-5)
 
 
-def test_class_balanced_sampling(tiny, fold, settings_of):
+def test_class_balanced_sampling(tiny, fold, settings_of, monkeypatch):
     bins = np.array([0, 0, 0, 1, 1, 2])
     event = np.array([1, 1, 0, 1, 1, 0])  # classes of 2, 1, 2, 1; (1,0), (2,1) and others are empty
     weights = sampling_weights(bins, event)
     np.testing.assert_allclose(weights, [1 / 8, 1 / 8, 1 / 4, 1 / 8, 1 / 8, 1 / 4])
+    loops = []
+    run = Loop.run
+    monkeypatch.setattr(Loop, "run", lambda self, *args: loops.append(self) or run(self, *args))
     model, _ = trained(fold, settings_of, epochs=1)
     train = fold.outcomes("train")
-    drawn = [model._order(train, epoch) for epoch in range(1, 200)]
+    drawn = [np.concatenate(loops[0].windows(epoch)) for epoch in range(1, 200)]
     assert all(len(order) == len(train.ids) for order in drawn)
     classes = 2 * trainer.hazard.bin_index(train.time, model.objective.edges) + train.event
     share = np.bincount(classes[np.concatenate(drawn)], minlength=6) / sum(map(len, drawn))
     there = np.unique(classes)
     np.testing.assert_allclose(share[there], 1 / len(there), atol=0.03)
     assert (drawn[0] != drawn[1]).any()
-    np.testing.assert_array_equal(drawn[0], model._order(train, 1))
-    model.training["sampler"] = "shuffle"
-    assert sorted(model._order(train, 1)) == list(range(len(train.ids)))
+    np.testing.assert_array_equal(drawn[0], np.concatenate(loops[0].windows(1)))
+    loops[0].training["sampler"] = "shuffle"
+    assert sorted(np.concatenate(loops[0].windows(1))) == list(range(len(train.ids)))
 
 
 def test_subsampling_in_training_only_and_roles_stay_apart(tiny, fold, settings_of):
@@ -143,7 +147,7 @@ def test_drawn_patches_keep_their_order(tiny, fold, settings_of):
     model, _ = trained(fold, settings_of, epochs=1, max_patches=4)
     patient = fold.ids("train")[0]
     full = fold.bag(patient)[0]
-    part = model._batch(fold, patient, np.random.default_rng(0)).path.numpy()
+    part = model.inputs.batch(fold, patient, training=True, draw=5).path.numpy()
     at = [int(np.flatnonzero((full == row).all(axis=1))[0]) for row in part]
     assert at == sorted(at)
     assert len(at) == 4
@@ -158,8 +162,8 @@ def test_the_chosen_epoch_is_restored(tiny, fold, settings_of):
     assert chosen["inner_c"] == history["inner_c"].max()
     assert history["inner_c"].nunique() > 1
     inner = fold.outcomes("inner_val")
-    logits, _ = model._evaluate(fold, inner.ids, 0)
-    assert model._score(logits, inner) == (chosen["inner_loss"], chosen["inner_c"])
+    logits = model._evaluate(fold, inner.ids, 0).main
+    assert model.objective.score(logits, inner) == (chosen["inner_loss"], chosen["inner_c"])
 
 
 def test_last_epoch_rule_keeps_the_last(tiny, fold, settings_of):
@@ -193,13 +197,13 @@ def test_training_is_deterministic_and_leaves_torch_as_it_was(tiny, fold, settin
 def test_evaluation_does_not_shift_the_random_numbers_of_training(tiny, fold, settings_of, monkeypatch):
     monkeypatch.setattr(Tiny, "dropout", 0.5)
     first, _ = trained(fold, settings_of, epochs=3, epoch_rule="last")
-    plain = NeuralModel._evaluate
+    plain = Loop.evaluate
 
     def wasteful(self, *args):
         torch.rand(7)
         return plain(self, *args)
 
-    monkeypatch.setattr(NeuralModel, "_evaluate", wasteful)
+    monkeypatch.setattr(Loop, "evaluate", wasteful)
     second, _ = trained(fold, settings_of, epochs=3, epoch_rule="last")
     np.testing.assert_array_equal(first.arrays()["weights/layer.weight"], second.arrays()["weights/layer.weight"])
 
@@ -222,7 +226,7 @@ def test_a_loss_that_is_not_finite_names_epoch_and_patient(tiny, fold, settings_
 def test_curves_are_recalibrated_on_the_chosen_state_and_each_training_patient_once(tiny, fold, settings_of, sampler):
     model, _ = trained(fold, settings_of, epochs=4, learning_rate=0.3, sampler=sampler)
     train = fold.outcomes("train")
-    logits, _ = model._evaluate(fold, train.ids, 0)
+    logits = model._evaluate(fold, train.ids, 0).main
     bins = trainer.hazard.bin_index(train.time, model.objective.edges)
     h = 1 / (1 + np.exp(-logits - model.objective.offsets))
     for k in range(h.shape[1]):
@@ -270,9 +274,3 @@ def test_no_inner_part_is_an_error_unless_the_last_epoch_is_kept(tiny, fold, set
         trained(fold, settings_of, epochs=1)
     model, _ = trained(fold, settings_of, epochs=1, epoch_rule="last")
     assert math.isnan(model.history["inner_c"].item())
-
-
-def test_heads_that_cannot_be_trained_are_refused(tiny, monkeypatch, settings_of):
-    monkeypatch.setattr(Tiny, "head", "cox")
-    with pytest.raises(MorphomeError, match="head 'cox'"):
-        NeuralModel("tiny", {}, settings_of("abmil")["model"]["training"], seed=1)

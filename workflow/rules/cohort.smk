@@ -64,3 +64,29 @@ rule genes:
         "genes: molecular tables and gene groups"
     shell:
         "morphome genes > {log:q} 2>&1"
+
+
+if encodes_rna(CONFIG):
+
+    rule encode_rna:
+        input:
+            panels=list(PATHS.panels.values()),
+            groups=PATHS.groups or [],
+            files=rna_files(CONFIG),
+        output:
+            vectors=PATHS.encoded,
+            facts=PATHS.encoded_facts,
+        log:
+            PATHS.log("encode_rna"),
+        conda:
+            "../../envs/models.yaml"
+        threads: 4
+        resources:
+            mem_mb=8000,
+        params:
+            key=key_of("encode_rna"),
+            code=code_hash("encode_rna"),
+        message:
+            "encode_rna: vectors of RNA by a frozen encoder"
+        shell:
+            "OMP_NUM_THREADS={threads} morphome encode-rna > {log:q} 2>&1"

@@ -15,15 +15,24 @@ sys.path.insert(0, str(SOURCE))
 from morphome.config import check_config, read_yaml
 from morphome.download.published import published_names
 from morphome.errors import MorphomeError
+from morphome.models.catalog import info
 from morphome.paths import PANELS, PUBLISHED, Paths
-from morphome.steps import code_hash, mask_file, step_key, write_resolved
+from morphome.steps import (
+    code_hash,
+    mask_file,
+    step_key,
+    train_code_hash,
+    write_resolved,
+)
 from morphome.workflow import (
+    encodes_rna,
     external_feature_files,
     fetched_weights,
     gdc_kinds,
     molecular_files,
     pinned_files,
     published_inputs,
+    rna_files,
     run_folders,
     simulated_files,
     slide_jobs,
@@ -112,6 +121,12 @@ def tiled(wildcards):
 
 def encoded(wildcards):
     return [PATHS.encode_job(job) for job in range(1, len(jobs()) + 1)]
+
+
+def encoded_rna(wildcards):
+    """The vectors of RNA, for the rows that read them."""
+    needs = info(CONFIG["models"][wildcards.model]["model"]).needs
+    return PATHS.encoded if encodes_rna(CONFIG) and "rna" in needs else []
 
 
 def keys_of_job(step):

@@ -51,6 +51,7 @@ rule train:
         index=PATHS.index,
         panels=list(PATHS.panels.values()),
         groups=PATHS.groups or [],
+        encoded=encoded_rna,
         splits=PATHS.splits,
         facts=PATHS.split_facts,
     output:
@@ -64,7 +65,7 @@ rule train:
         mem_mb=8000,
     params:
         key=key_of("train"),
-        code=code_hash("train"),
+        code=lambda wildcards: train_code_hash(CONFIG, wildcards.model),
     message:
         "train {wildcards.model}, repeat {wildcards.repeat}, fold {wildcards.fold}"
     shell:

@@ -34,6 +34,7 @@ rule report:
         runs=[folder / "run.json" for _, folder in run_folders(CONFIG)],
         panels=list(PATHS.panels.values()),
         query=PATHS.gdc_query if "gdc" in CONFIG else [],
+        rna_encoder=PATHS.encoded_facts if encodes_rna(CONFIG) else [],
         groups=PATHS.groups or [],
         oracle=PATHS.oracle if "simulate" in CONFIG else [],
     output:

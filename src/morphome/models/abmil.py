@@ -47,7 +47,7 @@ class ABMIL(nn.Module):
         self.classifier = nn.Linear(head_dim, n_bins)
 
     def forward(self, batch: Batch) -> dict:
-        """One patient -> logits (1, K) and ``attn["gated"]`` (N,), which sums to 1.
+        """One patient -> logits (1, K), ``attn["gated"]`` (N,), which sums to 1, and ``aux["pooled"]`` (1, dim).
 
         Raises:
             MorphomeError: the patient has no patch features, or of another width.
@@ -59,5 +59,5 @@ class ABMIL(nn.Module):
             "logits": logits,
             "extra_losses": {},
             "attn": {"gated": weights.squeeze(1).detach()},
-            "aux": {},
+            "aux": {"pooled": pooled},
         }

@@ -19,6 +19,8 @@ class Batch:
         groups: standardised molecular features, one vector (|G_g|,) per gene group, in the order of
             ``Dims.group_sizes``.
         omic_all: all standardised molecular columns of the patient, (D,).
+        rna: what the configured encoder of RNA makes of the patient, (n_rna,), standardised on the training fold.
+        cnv, mut: standardised copy-number and mutation columns, (n_cnv,), (n_mut,).
         bin, event: time bin and event of a training patient, for losses of a model's own; None in evaluation.
         patient_id: only the ``random`` router of MoME reads it.
     """
@@ -27,6 +29,9 @@ class Batch:
     pos: torch.Tensor | None = None
     groups: tuple[torch.Tensor, ...] | None = None
     omic_all: torch.Tensor | None = None
+    rna: torch.Tensor | None = None
+    cnv: torch.Tensor | None = None
+    mut: torch.Tensor | None = None
     bin: int | None = None
     event: int | None = None
     patient_id: str = ""
@@ -34,7 +39,7 @@ class Batch:
 
 def require(batch: Batch, needs: frozenset[str], d_in: int | None = None) -> None:
     """Check that a batch has what a model needs: ``path`` (N, d_in) with N >= 1, ``omic_groups`` as vectors,
-    ``omic_all`` as one vector.
+    ``omic_all``, ``rna``, ``cnv``, ``mut`` as one vector each.
 
     Raises:
         MorphomeError: naming the patient and the missing or misshapen part.
@@ -50,5 +55,7 @@ def require(batch: Batch, needs: frozenset[str], d_in: int | None = None) -> Non
             )
     if "omic_groups" in needs and not batch.groups:
         raise MorphomeError(f"{who}: no gene groups", "configure molecular.groups and add rna to cohort.require")
-    if "omic_all" in needs and batch.omic_all is None:
-        raise MorphomeError(f"{who}: no molecular values", "configure molecular.rna, .mut or .cnv")
+    for part in ("omic_all", "rna", "cnv", "mut"):
+        if part in needs and getattr(batch, part) is None:
+            remedy = "configure molecular.rna, .mut or .cnv" if part == "omic_all" else f"configure molecular.{part}"
+            raise MorphomeError(f"{who}: no molecular values ({part})", remedy)

@@ -88,6 +88,7 @@ class _CLAM(nn.Module):
 
         The attention is (N,) in CLAM-SB and (K, N) in CLAM-MB. ``extra_losses["instance"]`` is there in training,
         when the patient's event was seen and the bag has at least two patches. Labels are not read in evaluation.
+        ``aux["pooled"]`` (1, dim): the pooled vector; in CLAM-MB the mean of those of the bins.
 
         Raises:
             MorphomeError: the patient has no patch features, or of another width.
@@ -106,7 +107,7 @@ class _CLAM(nn.Module):
             "logits": logits.unsqueeze(0),
             "extra_losses": losses,
             "attn": {"gated": attention if self.per_bin else attention[0]},
-            "aux": {},
+            "aux": {"pooled": pooled.mean(0, keepdim=True)},
         }
 
     def _instance_loss(self, h: Tensor, attention: Tensor, y: int) -> Tensor:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from morphome.errors import MorphomeError
 from morphome.models.batch import Batch, require
 from morphome.models.coattention import ConcatFusion, CrossAttention
-from morphome.models.layers import FC, SNN, TransLayer
-from morphome.models.nystrom import NystromAttention
+from morphome.models.fusion import Encoded, FusionModel
+from morphome.models.layers import FC, SNN, TransLayer, stand_in
+from morphome.models.nystrom import NystromAttention, clear_pinv_errors, note_pinv_error
 from morphome.models.pyramid import PyramidTransformer
 
 COPIES = ("drop", "keep")
@@ -39,7 +40,7 @@ class GeneTransformer(nn.Module):
         return h[:1], h[1:]
 
 
-class CMTA(nn.Module):
+class CMTA(FusionModel):
     """Translation between slides and gene groups, and alignment of the class tokens; reads the order of the patches.
 
     ``P = FC(FC(X))``, ``G = stack_g SNN(hidden -> d)(SNN(|G_g| -> hidden)(x_g))``; encoders ``c_P, P1 = T_P(P)`` and
@@ -57,8 +58,8 @@ class CMTA(nn.Module):
         gene_dim: hidden width of the gene encoders.
         heads: of the TransLayers; divides ``dim``.
         landmarks: of the Nyström attention.
-        attention: ``nystrom_masked``, ``nystrom_compat`` (as published; the few gene tokens drown in padding) or
-            ``exact``.
+        attention: ``auto``, ``nystrom_masked``, ``nystrom_compat`` (as published; the few gene tokens drown in
+            padding) or ``exact``; see :mod:`morphome.models.nystrom`.
         value_conv: convolution of the values along the tokens.
         grid: ``sorted`` (as published, patches laid row by row on a square) or ``true_xy`` (true neighbours).
         copies: with ``grid: sorted``, what becomes of the copies that fill the square once an encoder is done:
@@ -66,13 +67,14 @@ class CMTA(nn.Module):
         alpha: weight of the alignment; published 1, tuned per cohort elsewhere (100, 1e-4). One value for all here.
         dropout: of the projections.
         attention_dropout: of the output of the TransLayers.
+        missing_tokens: build learned tokens that stand in for G of a patient without genes.
 
     Raises:
         MorphomeError: unknown choice, or ``heads`` does not divide ``dim``.
     """
 
     needs = frozenset({"path", "omic_groups"})
-    supports: frozenset[str] = frozenset()
+    supports = frozenset({"missing_omic"})
     head = "hazard"
     order_sensitive = True
 
@@ -86,13 +88,14 @@ class CMTA(nn.Module):
         gene_dim: int = 1024,
         heads: int = 8,
         landmarks: int = 128,
-        attention: str = "nystrom_masked",
+        attention: str = "auto",
         value_conv: bool = True,
         grid: str = "sorted",
         copies: str = "drop",
         alpha: float = 1.0,
         dropout: float = 0.25,
         attention_dropout: float = 0.1,
+        missing_tokens: bool = False,
     ) -> None:
         super().__init__()
         if copies not in COPIES:
@@ -100,7 +103,8 @@ class CMTA(nn.Module):
         options = {"heads": heads, "landmarks": landmarks, "mode": attention, "value_conv": value_conv}
         # Without landmarks, convolution of values and square, nothing is left that reads the order.
         self.order_sensitive = value_conv or attention != "exact" or grid == "sorted"
-        self.d_in, self.alpha, self.keep_copies = d_in, alpha, copies == "keep" and grid == "sorted"
+        self.d_in, self.dim, self.alpha, self.keep_copies = d_in, dim, alpha, copies == "keep" and grid == "sorted"
+        self.required = self.needs - {"omic_groups"} if missing_tokens else self.needs
         self.project = nn.Sequential(FC(d_in, dim, dropout), FC(dim, dim, dropout))
         self.groups = nn.ModuleList(
             nn.Sequential(SNN(size, gene_dim, dropout), SNN(gene_dim, dim, dropout)) for size in group_sizes.values()
@@ -122,10 +126,18 @@ class CMTA(nn.Module):
                 # Published as one matrix (3d, d), of which each part starts smaller than a matrix (d, d) does.
                 for layer in (module.query, module.key, module.value):
                     nn.init.xavier_normal_(layer.weight, gain=0.5**0.5)
+        tokens = stand_in(len(self.groups), dim) if missing_tokens else None
+        self.register_parameter("missing", tokens)
 
-    def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """P (N, d) and G (T, d) of one patient."""
-        require(batch, self.needs, self.d_in)
+    def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """P (N, d) and G (T, d) of one patient.
+
+        Raises:
+            MorphomeError: the patient has no patch features or gene groups, or of other shapes.
+        """
+        require(batch, self.required, self.d_in)
+        if batch.groups is None:
+            return self.project(batch.path), self.missing
         if len(batch.groups) != len(self.groups):
             raise MorphomeError(
                 f"{len(batch.groups)} gene groups given, the model was built for {len(self.groups)}",
@@ -135,7 +147,15 @@ class CMTA(nn.Module):
         return self.project(batch.path), genes
 
     def forward(self, batch: Batch) -> dict:
-        """One patient -> logits (1, K), attention, and in training the loss ``alignment``.
+        """One patient -> the output of :meth:`encode` and :meth:`fuse`.
+
+        ``aux["pinv_error"]`` in evaluation where Nyström attention was used: see :mod:`morphome.models.nystrom`.
+        """
+        clear_pinv_errors(self)
+        return note_pinv_error(self, super().forward(batch))
+
+    def encode(self, batch: Batch) -> Encoded:
+        """One patient -> ``z`` the mean class tokens (1, d), attention, and in training the loss ``alignment``.
 
         ``attn["path_from_genes"]`` (N, T) and ``attn["genes_from_path"]`` (T, N): rows sum to 1; with
         ``copies: keep`` a copy's share is added to its original. ``aux["alignment"]``: the alignment term without
@@ -145,7 +165,7 @@ class CMTA(nn.Module):
             MorphomeError: the patient has no patch features or gene groups, or of other shapes; ``grid: true_xy``
                 without positions.
         """
-        path, genes = self.encode(batch)
+        path, genes = self.embed(batch)
         n = len(path)
         c_path, path = self.path_encoder(path, batch.pos, keep_copies=self.keep_copies)
         c_genes, genes = self.gene_encoder(genes)
@@ -154,21 +174,30 @@ class CMTA(nn.Module):
         d_path, _ = self.path_decoder(path_translated, batch.pos, cls_only=True)
         d_genes, _ = self.gene_decoder(genes_translated)
         alignment = F.l1_loss(d_path, c_path.detach()) + F.l1_loss(d_genes, c_genes.detach())
-        hidden = self.fusion((c_path + d_path) / 2, (c_genes + d_genes) / 2)
         on_path = on_path.detach()
         copied = on_path.shape[1] - n
         on_path, extra = on_path[:, :n].clone(), on_path[:, n:]
         on_path[:, :copied] += extra
-        return {
-            "logits": self.classifier(hidden),
-            "extra_losses": {"alignment": self.alpha * alignment} if self.training and self.alpha else {},
-            "attn": {"path_from_genes": on_genes.detach()[:n], "genes_from_path": on_path},
-            "aux": {"alignment": alignment.detach()},
-        }
+        return Encoded(
+            {"path": (c_path + d_path) / 2, "omic": (c_genes + d_genes) / 2},
+            extra_losses={"alignment": self.alpha * alignment} if self.training and self.alpha else {},
+            attn={"path_from_genes": on_genes.detach()[:n], "genes_from_path": on_path},
+            aux={"alignment": alignment.detach()},
+        )
+
+    def fuse(self, z: Mapping[str, Tensor]) -> Tensor:
+        """Both mean class tokens (1, d) -> logits (1, K)."""
+        return self.classifier(self.fusion(z["path"], z["omic"]))
 
     def branch_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Trainable parameters that only one modality passes before fusion."""
+        """Projections and encoders; translation and decoders see both modalities."""
+        missing = [self.missing] if self.missing is not None else []
         return {
             "path": [*self.project.parameters(), *self.path_encoder.parameters()],
-            "omic": [*self.groups.parameters(), *self.gene_encoder.parameters()],
+            "omic": [*self.groups.parameters(), *self.gene_encoder.parameters(), *missing],
         }
+
+    @property
+    def branch_widths(self) -> dict[str, int]:
+        """Class tokens are as wide as all tokens."""
+        return {"path": self.dim, "omic": self.dim}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from morphome.errors import MorphomeError
 from morphome.models.batch import Batch, require
+from morphome.models.fusion import FusionModel
 from morphome.models.kron import KronFusion
 from morphome.models.layers import FC, Dropout, GatedAttention, GroupEncoder
 
@@ -146,8 +147,11 @@ def make_fusion(fusion: str, dim: int, dropout: float) -> nn.Module:
     return ConcatFusion(dim) if fusion == "concat" else BilinearFusion(dim, dropout)
 
 
-class CoAttentionModel(nn.Module):
+class CoAttentionModel(FusionModel):
     """What MCAT and MOTCat have in common: both encoders, both pools over T tokens, the fusion and the head.
+
+    The branches meet before the fusion too: the groups query the patches. A subclass that builds weights of its own
+    calls ``groups.add_missing`` behind them (see ``missing_tokens``).
 
     Args:
         key: of the registry, for messages. The others as for :class:`morphome.models.mcat.MCAT`.
@@ -157,7 +161,7 @@ class CoAttentionModel(nn.Module):
     """
 
     needs = frozenset({"path", "omic_groups"})
-    supports: frozenset[str] = frozenset()
+    supports = frozenset({"missing_omic"})
     head = "hazard"
     order_sensitive = False
 
@@ -174,10 +178,12 @@ class CoAttentionModel(nn.Module):
         attention_dim: int,
         fusion: str,
         dropout: float,
+        missing_tokens: bool,
     ) -> None:
         super().__init__()
         check_sizes(key, dim, heads, fusion)
-        self.d_in = d_in
+        self.d_in, self.dim = d_in, dim
+        self.required = self.needs - {"omic_groups"} if missing_tokens else self.needs
         self.project = FC(d_in, dim, dropout)
         self.groups = GroupEncoder(list(group_sizes.values()), dim, dropout)
         self.path_pool = TokenPool(dim, heads, feedforward, attention_dim, dropout)
@@ -185,11 +191,27 @@ class CoAttentionModel(nn.Module):
         self.fusion = make_fusion(fusion, dim, dropout)
         self.classifier = nn.Linear(dim, n_bins)
 
-    def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """H (N, d) and G (T, d) of one patient."""
-        require(batch, self.needs, self.d_in)
+    def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """H (N, d) and G (T, d) of one patient.
+
+        Raises:
+            MorphomeError: the patient has no patch features or gene groups, or of other shapes.
+        """
+        require(batch, self.required, self.d_in)
         return self.project(batch.path), self.groups(batch.groups)
 
+    def fuse(self, z: Mapping[str, Tensor]) -> Tensor:
+        """h_P (1, d), h_G (1, d) -> logits (1, K)."""
+        return self.classifier(self.fusion(z["path"], z["omic"]))
+
     def branch_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Trainable parameters that only one modality passes before fusion."""
-        return {"path": list(self.project.parameters()), "omic": list(self.groups.parameters())}
+        """Projection and pool of the slides, networks and pool of the genes; the co-attention belongs to both."""
+        return {
+            "path": [*self.project.parameters(), *self.path_pool.parameters()],
+            "omic": [*self.groups.parameters(), *self.gene_pool.parameters()],
+        }
+
+    @property
+    def branch_widths(self) -> dict[str, int]:
+        """h_P and h_G are as wide as the tokens."""
+        return {"path": self.dim, "omic": self.dim}

@@ -60,7 +60,7 @@ class DeepSets(nn.Module):
         self.classifier = nn.Linear(head_dim, n_bins)
 
     def forward(self, batch: Batch) -> dict:
-        """One patient -> logits (1, K); there is no attention.
+        """One patient -> logits (1, K) and ``aux["pooled"]`` (1, dim); there is no attention.
 
         Raises:
             MorphomeError: the patient has no patch features, or of another width.
@@ -70,4 +70,5 @@ class DeepSets(nn.Module):
         pooled = h.mean(0, keepdim=True) if self.pool == "mean" else h.sum(0, keepdim=True)
         if self.pool == "sum_over_sqrtN":
             pooled = pooled / math.sqrt(h.shape[0])
-        return {"logits": self.classifier(self.hidden(pooled)), "extra_losses": {}, "attn": {}, "aux": {}}
+        logits = self.classifier(self.hidden(pooled))
+        return {"logits": logits, "extra_losses": {}, "attn": {}, "aux": {"pooled": pooled}}

@@ -61,6 +61,8 @@ class DSMIL(nn.Module):
     def forward(self, batch: Batch) -> dict:
         """One patient -> logits (1, K), ``attn["bag"]`` (K, N), whose rows sum to 1, and ``aux["critical"]`` (K,).
 
+        ``aux["pooled"]`` (1, dim): mean over the bins of B, what the second stream classifies.
+
         Raises:
             MorphomeError: the patient has no patch features, or of another width.
         """
@@ -78,5 +80,5 @@ class DSMIL(nn.Module):
             "logits": (streams[0] + streams[1]) / 2,
             "extra_losses": {},
             "attn": {"bag": weights.T.detach()},
-            "aux": {"critical": critical},
+            "aux": {"critical": critical, "pooled": values.mean(0, keepdim=True)},
         }

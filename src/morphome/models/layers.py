@@ -17,6 +17,8 @@ from morphome.models.nystrom import NystromAttention
 
 #: Admin residual weight of MoME's eight-layer setting: sqrt((n + 1) / ln(n + 1) - 1), n = 8 (Liu et al. 2020).
 ADMIN_OMEGA = math.sqrt(9 / math.log(9) - 1)
+#: Standard deviation of learned tokens that stand for missing genes, at the start.
+MISSING_SD = 0.02
 # Value that saturated SELU units tend to: -scale * alpha (Klambauer et al. 2017).
 _ALPHA = -1.7580993408473766
 _LEVELS = 1 << 16
@@ -108,10 +110,19 @@ class SNN(nn.Module):
         return self.dropout(F.elu(self.linear(x)))
 
 
+def stand_in(*shape: int) -> nn.Parameter:
+    """Learned stand-in for what the encoder of the genes gives, N(0, :data:`MISSING_SD`^2) at the start.
+
+    Drawn apart, so that no two groups start alike; build it last, so that the other weights stay as without it.
+    """
+    return nn.Parameter(torch.randn(*shape) * MISSING_SD)
+
+
 class GroupEncoder(nn.Module):
     """Two SNN layers per gene group, G = stack_g SNN(dim -> dim)(SNN(|G_g| -> dim)(x_g)).
 
-    Every group has its own weights; activation and dropout run once on the stack.
+    Every group has its own weights; activation and dropout run once on the stack. After :meth:`add_missing` learned
+    tokens stand in for a patient without genes.
 
     Args:
         sizes: number of columns of each group.
@@ -124,9 +135,22 @@ class GroupEncoder(nn.Module):
         self.first = nn.ModuleList(nn.Linear(size, dim) for size in sizes)
         self.second = nn.ModuleList(nn.Linear(dim, dim) for _ in sizes)
         self.dropout = AlphaDropout(dropout)
+        self.dim = dim
+        self.register_parameter("missing", None)
 
-    def forward(self, groups: tuple[Tensor, ...]) -> Tensor:
-        """T vectors (|G_g|,) -> (T, dim)."""
+    def add_missing(self) -> None:
+        """Own the tokens of :func:`stand_in`, (T, dim)."""
+        self.missing = stand_in(len(self.first), self.dim)
+
+    def forward(self, groups: tuple[Tensor, ...] | None) -> Tensor:
+        """T vectors (|G_g|,), or None for a patient without genes -> (T, dim).
+
+        Raises:
+            MorphomeError: another number of groups than the model was built for; None without tokens for it.
+        """
+        if groups is None and self.missing is not None:
+            return self.missing
+        groups = groups or ()
         if len(groups) != len(self.first):
             raise MorphomeError(
                 f"{len(groups)} gene groups given, the model was built for {len(self.first)}",

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from morphome.models.batch import Batch
 from morphome.models.coattention import CoAttentionModel, CrossAttention
+from morphome.models.fusion import Encoded
 
 
 class MCAT(CoAttentionModel):
@@ -30,6 +31,7 @@ class MCAT(CoAttentionModel):
         attention_dim: hidden width of the gated attention.
         fusion: ``concat`` or ``bilinear`` (gated Kronecker product).
         dropout: of all blocks.
+        missing_tokens: build learned tokens that stand in for G of a patient without genes.
 
     Raises:
         MorphomeError: unknown fusion, or ``heads`` does not divide ``dim``.
@@ -47,6 +49,7 @@ class MCAT(CoAttentionModel):
         attention_dim: int = 256,
         fusion: str = "concat",
         dropout: float = 0.25,
+        missing_tokens: bool = False,
     ) -> None:
         super().__init__(
             "mcat",
@@ -59,11 +62,14 @@ class MCAT(CoAttentionModel):
             attention_dim=attention_dim,
             fusion=fusion,
             dropout=dropout,
+            missing_tokens=missing_tokens,
         )
         self.coattention = CrossAttention(dim)
+        if missing_tokens:
+            self.groups.add_missing()
 
-    def forward(self, batch: Batch) -> dict:
-        """One patient -> logits (1, K) and attention.
+    def encode(self, batch: Batch) -> Encoded:
+        """One patient -> ``z`` h_P (1, d) and h_G (1, d), and attention.
 
         ``attn["coattention"]`` (T, N): rows sum to 1; ``attn["coattention_raw"]`` (T, N): the same before the
         softmax; ``attn["gated_path"]``, ``attn["gated_genes"]`` (T,): weights of the two poolings.
@@ -71,18 +77,16 @@ class MCAT(CoAttentionModel):
         Raises:
             MorphomeError: the patient has no patch features or gene groups, or of other shapes.
         """
-        path, genes = self.encode(batch)
+        path, genes = self.embed(batch)
         tokens, weights, scores = self.coattention(genes, path)
         u, path_weights = self.path_pool(tokens)
         v, gene_weights = self.gene_pool(genes)
-        return {
-            "logits": self.classifier(self.fusion(u, v)),
-            "extra_losses": {},
-            "attn": {
+        return Encoded(
+            {"path": u, "omic": v},
+            attn={
                 "coattention": weights.detach(),
                 "coattention_raw": scores.detach(),
                 "gated_path": path_weights.detach(),
                 "gated_genes": gene_weights.detach(),
             },
-            "aux": {},
-        }
+        )

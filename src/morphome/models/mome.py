@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from morphome.errors import MorphomeError
 from morphome.models.batch import Batch, require
+from morphome.models.fusion import Encoded, FusionModel
 from morphome.models.layers import ADMIN_OMEGA, FC, SNN, GroupEncoder, RMSNorm, TransLayer
+from morphome.models.nystrom import clear_pinv_errors, note_pinv_error
 
 EXPERTS = ("TransFusion", "BottleneckTransFusion", "AddFusion", "DropX2Fusion")
 ROUTERS = ("straight_through", "frozen", "switch", "soft", "random", *(f"fixed:{name}" for name in EXPERTS))
@@ -193,11 +195,12 @@ class MoMELayer(nn.Module):
         return self.experts[EXPERTS[index]](x, ref)
 
 
-class MoME(nn.Module):
+class MoMEBody(nn.Module):
     """Slides and gene groups through four MoME layers and one attention layer with a class token.
 
     ``P0 = FC(X)``, ``G0 = stack_g SNN(SNN(x_g))``; P1 = M(P0, G0), G1 = M(G0, P1), P2 = M(P1, G1),
-    G2 = M(G1, P2); logits = Lin(TransLayer([CLS; P2; G2])[0]).
+    G2 = M(G1, P2); logits = Lin(TransLayer([CLS; P2; G2])[0]). This class holds the parts,
+    which :class:`MoME` puts together.
 
     Args:
         d_in: width of the patch features.
@@ -225,6 +228,7 @@ class MoME(nn.Module):
         dropout: of the FC and SNN blocks.
         attention_dropout: of the output of attention.
         router_seed: of ``random``.
+        missing_tokens: build learned tokens that stand in for G0 of a patient without genes.
 
     Raises:
         MorphomeError: a setting that is not known, a balance loss for a router that does not learn, or a learned
@@ -232,7 +236,7 @@ class MoME(nn.Module):
     """
 
     needs = frozenset({"path", "omic_groups"})
-    supports: frozenset[str] = frozenset()
+    supports = frozenset({"missing_omic"})
     head = "hazard"
     order_sensitive = True
     experts = EXPERTS
@@ -249,7 +253,7 @@ class MoME(nn.Module):
         bottlenecks: int = 2,
         router: str = "straight_through",
         tokens: str = "parameter",
-        attention: str = "nystrom_masked",
+        attention: str = "auto",
         value_conv: bool = True,
         temperature: float = 1.0,
         residual: str = "none",
@@ -258,6 +262,7 @@ class MoME(nn.Module):
         dropout: float = 0.25,
         attention_dropout: float = 0.1,
         router_seed: int = 0,
+        missing_tokens: bool = False,
     ) -> None:
         super().__init__()
         if router not in ROUTERS:
@@ -280,7 +285,8 @@ class MoME(nn.Module):
                 "set residual_scale: 1, or residual: moe_skip or both with another router",
             )
         options = {"heads": heads, "landmarks": landmarks, "mode": attention, "value_conv": value_conv}
-        self.d_in, self.balance_loss = d_in, balance_loss
+        self.d_in, self.dim, self.balance_loss = d_in, dim, balance_loss
+        self.required = self.needs - {"omic_groups"} if missing_tokens else self.needs
         self.order_sensitive = value_conv or attention != "exact"
         self.project = FC(d_in, dim, dropout)
         self.skip = nn.Linear(d_in, dim, bias=False) if proj_skip else None
@@ -308,16 +314,22 @@ class MoME(nn.Module):
         add_tokens(self, "cls", 1, dim, tokens)
         self.fusion = TransLayer(dim, "layer", ADMIN_OMEGA, options, attention_dropout)
         self.classifier = nn.Linear(dim, n_bins)
+        if missing_tokens:
+            self.groups.add_missing()
 
-    def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """P0 (N, D) and G0 (T, D) of one patient."""
-        require(batch, self.needs, self.d_in)
+    def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """P0 (N, D) and G0 (T, D) of one patient.
+
+        Raises:
+            MorphomeError: the patient has no patch features or gene groups, or of other shapes.
+        """
+        require(batch, self.required, self.d_in)
         return self._project(batch.path), self.groups(batch.groups)
 
     def _project(self, path: Tensor) -> Tensor:
         return self.project(path) if self.skip is None else self.project(path) + self.skip(path)
 
-    def fuse(self, path: Tensor, genes: Tensor, patient_id: str = "") -> tuple[Tensor, Tensor, dict, list[Tensor]]:
+    def exchange(self, path: Tensor, genes: Tensor, patient_id: str = "") -> tuple[Tensor, Tensor, dict, list[Tensor]]:
         """The four MoME layers: P2 (N, D), G2 (T, D), routing per layer, balance terms of the layers."""
         routing, balance = {}, []
         for name, layer in self.layers.items():
@@ -329,27 +341,52 @@ class MoME(nn.Module):
                 balance.append(layer.balance(chosen, pi))
         return path, genes, routing, balance
 
+    def read(self, path: Tensor, genes: Tensor) -> Tensor:
+        """P2 (N, D), G2 (T, D) -> the class token that has read both, (1, D)."""
+        return self.fusion(torch.cat([self.cls, path, genes]), keep=(0, 1))
+
+
+class MoME(MoMEBody, FusionModel):
+    """The published model; formulas and settings are those of :class:`MoMEBody`."""
+
     def forward(self, batch: Batch) -> dict:
-        """One patient -> logits (1, K), ``aux["routing"][layer] = {"expert": int, "pi": (4,)}``.
+        """One patient -> the output of :meth:`encode` and :meth:`fuse`.
+
+        ``aux["pinv_error"]`` in evaluation where Nyström attention was used: see :mod:`morphome.models.nystrom`.
+        """
+        clear_pinv_errors(self)
+        return note_pinv_error(self, super().forward(batch))
+
+    def encode(self, batch: Batch) -> Encoded:
+        """One patient -> ``z`` P2 (N, D) and G2 (T, D), ``aux["routing"][layer] = {"expert": int, "pi": (4,)}``.
 
         ``extra_losses`` holds ``balance`` in training when its weight is not 0.
 
         Raises:
             MorphomeError: the patient has no patch features or gene groups, or of other shapes.
         """
-        path, genes, routing, balance = self.fuse(*self.encode(batch), batch.patient_id)
-        token = self.fusion(torch.cat([self.cls, path, genes]), keep=(0, 1))
-        return {
-            "logits": self.classifier(token),
-            "extra_losses": {"balance": self.balance_loss * sum(balance)} if balance else {},
-            "attn": {},
-            "aux": {"routing": routing},
-        }
+        path, genes, routing, balance = self.exchange(*self.embed(batch), batch.patient_id)
+        return Encoded(
+            {"path": path, "omic": genes},
+            extra_losses={"balance": self.balance_loss * sum(balance)} if balance else {},
+            aux={"routing": routing},
+        )
+
+    def fuse(self, z: Mapping[str, Tensor]) -> Tensor:
+        """P2 (N, D), G2 (T, D) -> logits (1, K)."""
+        return self.classifier(self.read(z["path"], z["omic"]))
 
     def branch_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Trainable parameters that only one modality passes before fusion."""
-        path = [*self.project.parameters(), *(self.skip.parameters() if self.skip is not None else ())]
-        return {"path": path, "omic": list(self.groups.parameters())}
+        """Encoder and expert layers of a modality. The layers interleave: each sees the other modality too."""
+        path = [self.project, *([] if self.skip is None else [self.skip]), self.layers["path1"], self.layers["path2"]]
+        omic = [self.groups, self.layers["gene1"], self.layers["gene2"]]
+        parts = {"path": path, "omic": omic}
+        return {u: [p for part in parts[u] for p in part.parameters() if p.requires_grad] for u in parts}
+
+    @property
+    def branch_widths(self) -> dict[str, int]:
+        """Patches and gene groups are tokens of one width."""
+        return {"path": self.dim, "omic": self.dim}
 
 
 def add_tokens(module: nn.Module, name: str, count: int, dim: int, tokens: str) -> None:

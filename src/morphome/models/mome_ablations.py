@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from morphome.errors import MorphomeError
 from morphome.models.batch import Batch, require
+from morphome.models.fusion import Encoded
 from morphome.models.layers import ADMIN_OMEGA, GroupEncoder, TransLayer
-from morphome.models.mome import MoME, add_tokens
+from morphome.models.mome import MoME, MoMEBody, add_tokens
+from morphome.models.nystrom import clear_pinv_errors, note_pinv_error
 
 NO_MOE = {"identity": "fixed:DropX2Fusion", "fixed:TransFusion": "fixed:TransFusion"}
 WSI = ("plain", "learned_ref")
@@ -32,8 +34,8 @@ class MoMENoMoE(MoME):
     Args:
         variant: ``identity``: P2 = P0, G2 = G0, logits = Lin(TransLayer([CLS; P0; G0])[0]). ``fixed:TransFusion``:
             the four layers stay, each with this one expert.
-        d_in, group_sizes, n_bins, dim, heads, landmarks, tokens, attention, value_conv, dropout, attention_dropout:
-            as in :class:`~morphome.models.mome.MoME`.
+        d_in, group_sizes, n_bins, dim, heads, landmarks, tokens, attention, value_conv, dropout, attention_dropout,
+            missing_tokens: as in :class:`~morphome.models.mome.MoME`.
 
     Raises:
         MorphomeError: a setting that is not known.
@@ -50,10 +52,11 @@ class MoMENoMoE(MoME):
         heads: int = 8,
         landmarks: int = 256,
         tokens: str = "parameter",
-        attention: str = "nystrom_masked",
+        attention: str = "auto",
         value_conv: bool = True,
         dropout: float = 0.25,
         attention_dropout: float = 0.1,
+        missing_tokens: bool = False,
     ) -> None:
         _variant("mome_no_moe", variant, tuple(NO_MOE))
         super().__init__(
@@ -69,18 +72,19 @@ class MoMENoMoE(MoME):
             value_conv=value_conv,
             dropout=dropout,
             attention_dropout=attention_dropout,
+            missing_tokens=missing_tokens,
         )
 
-    def forward(self, batch: Batch) -> dict:
-        """One patient -> logits (1, K). There is no routing to report.
+    def encode(self, batch: Batch) -> Encoded:
+        """One patient -> ``z`` P2 (N, D) and G2 (T, D). There is no routing to report.
 
         Raises:
             MorphomeError: the patient has no patch features or gene groups, or of other shapes.
         """
-        return super().forward(batch) | {"aux": {}}
+        return Encoded(super().encode(batch).z)
 
 
-class MoMEWSI(MoME):
+class MoMEWSI(MoMEBody):
     """MoME on the slides alone; genes are neither needed nor read.
 
     Args:
@@ -109,7 +113,7 @@ class MoMEWSI(MoME):
         bottlenecks: int = 2,
         router: str = "straight_through",
         tokens: str = "parameter",
-        attention: str = "nystrom_masked",
+        attention: str = "auto",
         value_conv: bool = True,
         dropout: float = 0.25,
         attention_dropout: float = 0.1,
@@ -136,24 +140,25 @@ class MoMEWSI(MoME):
         if variant == "learned_ref":
             self.ref = nn.Parameter(torch.rand(1, dim))
 
-    def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """P0 (N, D) and what stands for the genes: the learned token (1, D), or nothing (0, D)."""
         require(batch, self.needs, self.d_in)
         path = self.project(batch.path)
         return path, self.ref if self.variant == "learned_ref" else path[:0]
 
     def forward(self, batch: Batch) -> dict:
-        """One patient -> logits (1, K); ``aux["routing"]`` as in MoME with ``learned_ref``.
+        """One patient -> logits (1, K) and ``aux["pooled"]`` (1, D), the class token.
+
+        ``aux["routing"]`` as in MoME with ``learned_ref``; ``aux["pinv_error"]`` as in MoME.
 
         Raises:
             MorphomeError: the patient has no patch features, or of another width.
         """
-        out = super().forward(batch)
-        return out if self.variant == "learned_ref" else out | {"aux": {}}
-
-    def branch_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Trainable parameters that only one modality passes before fusion."""
-        return {"path": list(self.project.parameters())}
+        clear_pinv_errors(self)
+        path, genes, routing, _ = self.exchange(*self.embed(batch), batch.patient_id)
+        token = self.read(path, genes)
+        aux = {"pooled": token} | ({"routing": routing} if self.variant == "learned_ref" else {})
+        return note_pinv_error(self, {"logits": self.classifier(token), "extra_losses": {}, "attn": {}, "aux": aux})
 
 
 class MoMEGenes(nn.Module):
@@ -184,7 +189,7 @@ class MoMEGenes(nn.Module):
         heads: int = 8,
         landmarks: int = 256,
         tokens: str = "parameter",
-        attention: str = "nystrom_masked",
+        attention: str = "auto",
         value_conv: bool = True,
         dropout: float = 0.25,
         attention_dropout: float = 0.1,
@@ -205,7 +210,3 @@ class MoMEGenes(nn.Module):
         require(batch, self.needs)
         token = self.fusion(torch.cat([self.cls, self.groups(batch.groups)]), keep=(0, 1))
         return {"logits": self.classifier(token), "extra_losses": {}, "attn": {}, "aux": {}}
-
-    def branch_parameters(self) -> dict[str, list[nn.Parameter]]:
-        """Trainable parameters that only one modality passes before fusion."""
-        return {"omic": list(self.groups.parameters())}

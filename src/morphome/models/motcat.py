@@ -17,6 +17,7 @@ from morphome.errors import MorphomeError
 from morphome.models import hazard
 from morphome.models.batch import Batch
 from morphome.models.coattention import CoAttentionModel
+from morphome.models.fusion import Encoded
 from morphome.models.transport import REGULARISERS, transport_cost, transport_plan
 
 BAGS = ("whole", "micro")
@@ -48,6 +49,7 @@ class MOTCat(CoAttentionModel):
             parts' losses; ours is the loss of the averaged curve, which is never larger.
         micro_size: patches per part.
         dropout: of all blocks.
+        missing_tokens: build learned tokens that stand in for G of a patient without genes.
 
     Raises:
         MorphomeError: unknown choice, or ``heads`` does not divide ``dim``.
@@ -71,6 +73,7 @@ class MOTCat(CoAttentionModel):
         bag: str = "whole",
         micro_size: int = 256,
         dropout: float = 0.25,
+        missing_tokens: bool = False,
     ) -> None:
         super().__init__(
             "motcat",
@@ -83,6 +86,7 @@ class MOTCat(CoAttentionModel):
             attention_dim=attention_dim,
             fusion=fusion,
             dropout=dropout,
+            missing_tokens=missing_tokens,
         )
         for name, value, known in (("ot_reg_type", ot_reg_type, REGULARISERS), ("bag", bag, BAGS)):
             if value not in known:
@@ -90,6 +94,8 @@ class MOTCat(CoAttentionModel):
         self.renormalise, self.bag, self.micro_size = renormalise, bag, micro_size
         self.transport = {"epsilon": epsilon, "tau": tau, "regulariser": ot_reg_type}
         self.order_sensitive = bag == "micro"
+        if missing_tokens:
+            self.groups.add_missing()
 
     def plan(self, path: Tensor, genes: Tensor) -> Tensor:
         """H (N, d), G (T, d) -> the transport plan (N, T), float64, without gradient."""
@@ -103,8 +109,8 @@ class MOTCat(CoAttentionModel):
         order = torch.randperm(n, device=device) if self.training else torch.arange(n, device=device)
         return [order[start::count] for start in range(count)]
 
-    def forward(self, batch: Batch) -> dict:
-        """One patient -> logits (1, K) and attention.
+    def encode(self, batch: Batch) -> Encoded:
+        """One patient -> ``z`` h_P and h_G, (1, d) each with ``bag: whole``, else a row per part, and attention.
 
         ``attn["coattention"]`` (T, N): the plan, rows of mass about 1/T (1 with ``renormalise``); with ``bag: micro``
         each part's plan divided by the number of parts, so that the mass stays. ``attn["gated_path"]`` and
@@ -113,28 +119,32 @@ class MOTCat(CoAttentionModel):
         Raises:
             MorphomeError: the patient has no patch features or gene groups, or of other shapes.
         """
-        path, genes = self.encode(batch)
+        path, genes = self.embed(batch)
         parts = self.parts(len(path), path.device) if self.bag == "micro" else [slice(None)]
         plan = torch.zeros(len(genes), len(path), device=path.device)
-        logits, path_weights, gene_weights = [], [], []
+        u, v, path_weights, gene_weights = [], [], [], []
         for part in parts:
             weights = self.plan(path[part], genes).to(path.dtype).T
             plan[:, part] = weights.float() / len(parts)
-            u, on_path = self.path_pool(weights @ path[part])
-            v, on_genes = self.gene_pool(genes)
-            logits.append(self.classifier(self.fusion(u, v)))
+            of_path, on_path = self.path_pool(weights @ path[part])
+            of_genes, on_genes = self.gene_pool(genes)
+            u.append(of_path)
+            v.append(of_genes)
             path_weights.append(on_path.detach())
             gene_weights.append(on_genes.detach())
-        return {
-            "logits": mean_survival(torch.cat(logits)),
-            "extra_losses": {},
-            "attn": {
+        return Encoded(
+            {"path": torch.cat(u), "omic": torch.cat(v)},
+            attn={
                 "coattention": plan,
                 "gated_path": torch.stack(path_weights).mean(0),
                 "gated_genes": torch.stack(gene_weights).mean(0),
             },
-            "aux": {},
-        }
+        )
+
+    def fuse(self, z: Mapping[str, Tensor]) -> Tensor:
+        """h_P and h_G -> logits (1, K): S_k is the mean over the parts. One row meets every row of the other."""
+        parts = zip(*(rows.split(1) for rows in torch.broadcast_tensors(z["path"], z["omic"])), strict=True)
+        return mean_survival(torch.cat([self.classifier(self.fusion(u, v)) for u, v in parts]))
 
 
 def mean_survival(logits: Tensor) -> Tensor:

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from morphome.errors import MorphomeError
 from morphome.models.batch import Batch
-from morphome.models.layers import SNN
+from morphome.models.layers import SNN, stand_in
 
 
 class OmicEncoder(nn.Module):
     """``layers`` SNN layers, n_omic -> dim -> ... -> dim.
+
+    After :meth:`add_missing` a learned vector stands in for a patient without molecular columns.
 
     Args:
         n_omic: D, molecular columns.
@@ -35,20 +37,27 @@ class OmicEncoder(nn.Module):
                 f"a network over molecular columns with {n_omic} columns and {layers} layers",
                 "configure a molecular panel and at least 1 layer",
             )
-        self.n_omic = n_omic
+        self.n_omic, self.dim = n_omic, dim
         self.layers = nn.Sequential(*(SNN(dim if i else n_omic, dim, dropout) for i in range(layers)))
+        self.register_parameter("missing", None)
+
+    def add_missing(self) -> None:
+        """Own the vector of :func:`~morphome.models.layers.stand_in`, (dim,)."""
+        self.missing = stand_in(self.dim)
 
     def forward(self, batch: Batch) -> Tensor:
-        """x_all (D,) -> (dim,).
+        """x_all (D,), or None for a patient without molecular columns -> (dim,).
 
         Raises:
-            MorphomeError: the patient has another number of columns than the model was built for.
+            MorphomeError: another number of columns than the model was built for; None without a vector for it.
         """
         x = batch.omic_all
-        if x.shape != (self.n_omic,):
+        if x is None and self.missing is not None:
+            return self.missing
+        if x is None or x.shape != (self.n_omic,):
+            found = "no molecular columns" if x is None else f"molecular columns of shape {tuple(x.shape)}"
             raise MorphomeError(
-                f"patient {batch.patient_id or '(no id)'}: molecular columns of shape {tuple(x.shape)}, "
-                f"expected ({self.n_omic},)",
+                f"patient {batch.patient_id or '(no id)'}: {found}, expected ({self.n_omic},)",
                 "train and predict with the same molecular columns",
             )
         return self.layers(x)

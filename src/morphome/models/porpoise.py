@@ -6,15 +6,18 @@ Chen et al., "Pan-cancer integrative histology-genomic analysis via multimodal d
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 from morphome.models.batch import Batch, require
+from morphome.models.fusion import Encoded, FusionModel
 from morphome.models.kron import KronFusion
 from morphome.models.layers import FC, Dropout, GatedAttention
 from morphome.models.omic import OmicEncoder, l1_norm
 
 
-class PORPOISE(nn.Module):
+class PORPOISE(FusionModel):
     """The multimodal network (MMF). Invariant to the order of the patches.
 
     ``h_P = FC(GA(FC(Dropout X)))``, ``h_G = SNN(SNN(x_all))``, ``logits = Lin(KronFusion(h_P, h_G))``. 2,078,661
@@ -40,10 +43,12 @@ class PORPOISE(nn.Module):
         dropout: of all other blocks.
         l1: weight of the sum of absolute parameters of gene network and fusion; 0 leaves it out.
         launcher_legacy: gates and skip off, no input dropout, whatever the four settings above say.
+        missing_tokens: build a learned vector that stands in for h_G of a patient without molecular columns. The L1
+            penalty leaves it out.
     """
 
     needs = frozenset({"path", "omic_all"})
-    supports: frozenset[str] = frozenset()
+    supports = frozenset({"missing_omic"})
     head = "hazard"
     order_sensitive = False
 
@@ -65,11 +70,13 @@ class PORPOISE(nn.Module):
         dropout: float = 0.25,
         l1: float = 1e-5,
         launcher_legacy: bool = False,
+        missing_tokens: bool = False,
     ) -> None:
         super().__init__()
         if launcher_legacy:
             gate_path, gate_omic, skip, dropinput = False, False, False, 0.0
-        self.d_in, self.l1 = d_in, l1
+        self.d_in, self.l1, self.width = d_in, l1, fusion_dim
+        self.required = self.needs - {"omic_all"} if missing_tokens else self.needs
         self.dropinput = Dropout(dropinput)
         self.project = FC(d_in, dim, dropout)
         self.pool = GatedAttention(dim, attention_dim, 1, dropout)
@@ -86,25 +93,36 @@ class PORPOISE(nn.Module):
             dropout=dropout,
         )
         self.classifier = nn.Linear(fusion_dim, n_bins)
+        if missing_tokens:
+            self.genes.add_missing()
 
-    def encode(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """h_P (fusion_dim,), h_G (fusion_dim,) and the attention of the patches (N,)."""
-        require(batch, self.needs, self.d_in)
-        pooled, weights = self.pool(self.project(self.dropinput(batch.path)))
-        return self.hidden(pooled).squeeze(0), self.genes(batch), weights.squeeze(1)
-
-    def forward(self, batch: Batch) -> dict:
-        """One patient -> logits (1, K) and ``attn["gated"]`` (N,), which sums to 1.
+    def encode(self, batch: Batch) -> Encoded:
+        """One patient -> ``z`` h_P and h_G, (1, fusion_dim) each, and ``attn["gated"]`` (N,), which sums to 1.
 
         ``extra_losses["l1"]`` in training when its weight is not 0.
 
         Raises:
             MorphomeError: the patient lacks patch features or molecular columns, or has them in another width.
         """
-        path, genes, weights = self.encode(batch)
-        logits = self.classifier(self.fusion(path, genes)).unsqueeze(0)
-        penalty = {"l1": self.l1 * l1_norm(self.genes, self.fusion)} if self.l1 and self.training else {}
-        return {"logits": logits, "extra_losses": penalty, "attn": {"gated": weights.detach()}, "aux": {}}
+        require(batch, self.required, self.d_in)
+        pooled, weights = self.pool(self.project(self.dropinput(batch.path)))
+        z = {"path": self.hidden(pooled), "omic": self.genes(batch).unsqueeze(0)}
+        penalty = {"l1": self.l1 * l1_norm(self.genes.layers, self.fusion)} if self.l1 and self.training else {}
+        return Encoded(z, extra_losses=penalty, attn={"gated": weights.squeeze(1).detach()})
+
+    def fuse(self, z: Mapping[str, Tensor]) -> Tensor:
+        """h_P (1, fusion_dim), h_G (1, fusion_dim) -> logits (1, K)."""
+        return self.classifier(self.fusion(z["path"].squeeze(0), z["omic"].squeeze(0))).unsqueeze(0)
+
+    def branch_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Everything of one modality before the Kronecker product."""
+        path = (self.project, self.pool, self.hidden)
+        return {"path": [p for part in path for p in part.parameters()], "omic": list(self.genes.parameters())}
+
+    @property
+    def branch_widths(self) -> dict[str, int]:
+        """h_P and h_G have the width of the fusion."""
+        return {"path": self.width, "omic": self.width}
 
 
 class PorpoiseAMIL(nn.Module):
@@ -140,7 +158,7 @@ class PorpoiseAMIL(nn.Module):
                 nn.init.zeros_(part.bias)
 
     def forward(self, batch: Batch) -> dict:
-        """One patient -> logits (1, K) and ``attn["gated"]`` (N,), which sums to 1.
+        """One patient -> logits (1, K), ``attn["gated"]`` (N,), which sums to 1, and ``aux["pooled"]`` (1, dim).
 
         Raises:
             MorphomeError: the patient has no patch features, or of another width.
@@ -151,5 +169,5 @@ class PorpoiseAMIL(nn.Module):
             "logits": self.classifier(pooled),
             "extra_losses": {},
             "attn": {"gated": weights.squeeze(1).detach()},
-            "aux": {},
+            "aux": {"pooled": pooled},
         }

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from morphome.models.batch import Batch, require
+from morphome.models.fusion import Encoded, FusionModel
 from morphome.models.layers import Dropout, GroupEncoder
 
 
@@ -66,7 +67,7 @@ class FeedForward(nn.Module):
         return self.norm_out(self.second(self.dropout(F.gelu(self.first(self.norm_in(x))))))
 
 
-class SurvPath(nn.Module):
+class SurvPath(FusionModel):
     """Gene groups as pathway tokens. Invariant to the order of the patches; no padding, so no mask.
 
     ``P_i = SNN(SNN(x_i))``, ``H = Lin X``, ``z = FeedForward(attention(LN [P; H]))``, ``logits =
@@ -86,10 +87,11 @@ class SurvPath(nn.Module):
         head_dim: width before the classifier.
         dropout: alpha dropout of the pathway networks.
         feedforward_dropout: of the feed-forward block.
+        missing_tokens: build learned tokens that stand in for P of a patient without genes.
     """
 
     needs = frozenset({"path", "omic_groups"})
-    supports: frozenset[str] = frozenset()
+    supports = frozenset({"missing_omic"})
     head = "hazard"
     order_sensitive = False
 
@@ -104,9 +106,11 @@ class SurvPath(nn.Module):
         head_dim: int = 64,
         dropout: float = 0.25,
         feedforward_dropout: float = 0.1,
+        missing_tokens: bool = False,
     ) -> None:
         super().__init__()
-        self.d_in = d_in
+        self.d_in, self.width = d_in, attention_dim
+        self.required = self.needs - {"omic_groups"} if missing_tokens else self.needs
         self.pathways = GroupEncoder(list(group_sizes.values()), dim, dropout)
         self.project = nn.Linear(d_in, dim)
         self.norm = nn.LayerNorm(dim)
@@ -114,14 +118,11 @@ class SurvPath(nn.Module):
         self.feedforward = FeedForward(attention_dim, feedforward_dropout)
         self.hidden = nn.Linear(2 * attention_dim, head_dim)
         self.classifier = nn.Linear(head_dim, n_bins)
+        if missing_tokens:
+            self.pathways.add_missing()
 
-    def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """P (T, dim) and H (N, dim) of one patient."""
-        require(batch, self.needs, self.d_in)
-        return self.pathways(batch.groups), self.project(batch.path)
-
-    def forward(self, batch: Batch) -> dict:
-        """One patient -> logits (1, K).
+    def encode(self, batch: Batch) -> Encoded:
+        """One patient -> ``z`` mean_H z and mean_P z, (1, attention_dim) each.
 
         ``attn["pathways"]`` (T, T + N) is what each pathway reads, the pathways first; ``attn["patches"]`` (N, T) is
         what each patch reads. Rows sum to 1.
@@ -129,15 +130,26 @@ class SurvPath(nn.Module):
         Raises:
             MorphomeError: the patient has no patch features or gene groups, or of other shapes.
         """
-        pathways, patches = self.encode(batch)
+        require(batch, self.required, self.d_in)
+        pathways, patches = self.pathways(batch.groups), self.project(batch.path)
         n = pathways.shape[0]
         out, of_pathways, of_patches = self.attention(self.norm(torch.cat([pathways, patches])), n)
         z = self.feedforward(out)
-        e = torch.cat([z[:n].mean(0), z[n:].mean(0)])
-        logits = self.classifier(F.relu(self.hidden(e))).unsqueeze(0)
-        return {
-            "logits": logits,
-            "extra_losses": {},
-            "attn": {"pathways": of_pathways.detach(), "patches": of_patches.detach()},
-            "aux": {},
-        }
+        return Encoded(
+            {"path": z[n:].mean(0, keepdim=True), "omic": z[:n].mean(0, keepdim=True)},
+            attn={"pathways": of_pathways.detach(), "patches": of_patches.detach()},
+        )
+
+    def fuse(self, z: Mapping[str, Tensor]) -> Tensor:
+        """Both means (1, attention_dim) -> logits (1, K)."""
+        e = torch.cat([z["omic"], z["path"]], 1).squeeze(0)
+        return self.classifier(F.relu(self.hidden(e))).unsqueeze(0)
+
+    def branch_parameters(self) -> dict[str, list[nn.Parameter]]:
+        """Projection of the patches, networks of the pathways; from the first norm on both share all weights."""
+        return {"path": list(self.project.parameters()), "omic": list(self.pathways.parameters())}
+
+    @property
+    def branch_widths(self) -> dict[str, int]:
+        """Both means have the width of the attention."""
+        return {"path": self.width, "omic": self.width}

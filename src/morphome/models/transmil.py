@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from morphome.models.batch import Batch, require
+from morphome.models.nystrom import clear_pinv_errors, note_pinv_error
 from morphome.models.pyramid import PyramidTransformer
 
 
@@ -49,7 +50,7 @@ class TransMIL(nn.Module):
         dim: int = 512,
         heads: int = 8,
         landmarks: int = 256,
-        attention: str = "nystrom_masked",
+        attention: str = "auto",
         value_conv: bool = True,
         grid: str = "sorted",
         attention_dropout: float = 0.1,
@@ -64,12 +65,16 @@ class TransMIL(nn.Module):
         self.classifier = nn.Linear(dim, n_bins)
 
     def forward(self, batch: Batch) -> dict:
-        """One patient -> logits (1, K).
+        """One patient -> logits (1, K) and ``aux["pooled"]`` (1, D), the class token.
+
+        ``aux["pinv_error"]``, in evaluation where a bag was long enough for Nyström attention: see there.
 
         Raises:
             MorphomeError: the patient has no patch features, or of another width; ``grid: true_xy`` without
                 positions.
         """
         require(batch, self.needs, self.d_in)
+        clear_pinv_errors(self)
         token, _ = self.transformer(F.relu(self.project(batch.path)), batch.pos, cls_only=True)
-        return {"logits": self.classifier(token), "extra_losses": {}, "attn": {}, "aux": {}}
+        out = {"logits": self.classifier(token), "extra_losses": {}, "attn": {}, "aux": {"pooled": token}}
+        return note_pinv_error(self, out)

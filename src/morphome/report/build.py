@@ -11,7 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from morphome.files import settings_hash, stamp, write_text
-from morphome.report import cohort_view, figures, history, records, sections
+from morphome.report import cohort_view, figures, history, optimistic, records, sections
 from morphome.report import format as fmt
 from morphome.report.inputs import ReportData, ReportInputs, load_report
 from morphome.report.judge import judge
@@ -72,6 +72,7 @@ def _page(data: ReportData, tables: Mapping[str, Any], settings: Mapping[str, An
         "baseline": sections.baseline(tables["baseline"]),
         "splits": sections.splits(data, tables["splits"]),
         "models": sections.models(data, tables["model_table"], tables["comparisons"]),
+        "optimistic": optimistic.section(tables["published_protocol"]),
         "risk": sections.risk(data),
         "risk_floor": figures.least_at_risk(data.n_patients),
         "training": history.training(data),

@@ -30,6 +30,7 @@ class ReportInputs:
             are known whose patients are not analysed.
         panels: molecular tables (``morphome.panel``) by panel.
         query: ``morphome.gdc_query``, what was asked of the GDC; absent for cohorts from elsewhere.
+        encoder: ``morphome.encoder``, facts of a frozen encoder of RNA; absent without one.
     """
 
     cohort_flow: Path
@@ -49,6 +50,7 @@ class ReportInputs:
     cohort_patients: Path | None = None
     panels: Mapping[str, Path] = field(default_factory=dict)
     query: Path | None = None
+    encoder: Path | None = None
 
 
 @dataclass
@@ -79,8 +81,19 @@ class Thumbnail:
 
 
 @dataclass
+class Optimistic:
+    """Rows trained under the published protocol: their part of the summary, and their runs."""
+
+    summary: pd.DataFrame
+    runs: list[Run]
+
+
+@dataclass
 class ReportData:
     """Everything that the sections need, read once.
+
+    Rows of the published protocol are in ``optimistic`` and nowhere else, so that no table, figure or verdict can mix
+    them with honest ones. ``encoder`` says which encoder of RNA was asked for and which was used.
 
     ``places`` holds (patient, site) by slide id, "" where unknown; ``listed`` and ``everybody`` are the slides and
     patients of the cohort where their files were given; ``panels`` holds what every molecular table says of itself,
@@ -111,6 +124,8 @@ class ReportData:
     everybody: pd.DataFrame | None = None
     panels: dict[str, dict[str, Any]] = field(default_factory=dict)
     query: dict[str, Any] | None = None
+    optimistic: Optimistic | None = None
+    encoder: dict[str, Any] | None = None
 
     @property
     def names(self) -> list[str]:
@@ -205,6 +220,8 @@ def load_report(inputs: ReportInputs) -> ReportData:
     patients = table(inputs.patients, "morphome.analysis")
     listed = table(inputs.cohort_slides, "morphome.slides") if inputs.cohort_slides else None
     everybody = table(inputs.cohort_patients, "morphome.patients") if inputs.cohort_patients else None
+    runs = [_read_run(Path(folder)) for folder in inputs.runs]
+    tables, runs, optimistic = _set_apart(tables, runs)
     return ReportData(
         config=dict(inputs.config),
         flow=_whole_flow(cohort.get("steps", []), analysis.get("steps", [])),
@@ -218,7 +235,9 @@ def load_report(inputs: ReportInputs) -> ReportData:
         audit=table(inputs.audit, "morphome.slide_audit"),
         splits=table(inputs.splits, "morphome.splits"),
         facts=text(inputs.split_facts, "morphome.split_facts"),
-        runs=[_read_run(Path(folder)) for folder in inputs.runs],
+        runs=runs,
+        optimistic=optimistic,
+        encoder=text(inputs.encoder, "morphome.encoder") if inputs.encoder else None,
         thumbnails=[
             Thumbnail(slide_id, Path(jpg), read_json(qc, "morphome.slide_qc"))
             for slide_id, jpg, qc in inputs.thumbnails
@@ -230,6 +249,26 @@ def load_report(inputs: ReportInputs) -> ReportData:
         stamps=stamps,
         **tables,
     )
+
+
+def _set_apart(
+    tables: dict[str, pd.DataFrame], runs: list[Run]
+) -> tuple[dict[str, pd.DataFrame], list[Run], Optimistic | None]:
+    """The evaluation and the runs without the rows of the published protocol, and these rows."""
+    names = {run.name for run in runs if (run.facts.get("training") or {}).get("protocol") == "published"}
+    if not names:
+        return tables, runs, None
+    apart = Optimistic(
+        tables["summary"][tables["summary"]["name"].isin(names)], [run for run in runs if run.name in names]
+    )
+    honest = {}
+    for name, table in tables.items():
+        gone = table["name"].isin(names)
+        if "reference" in table:
+            gone |= table["reference"].isin(names)
+        honest[name] = table[~gone].reset_index(drop=True)
+        honest[name].attrs = table.attrs
+    return honest, [run for run in runs if run.name not in names], apart
 
 
 def slide_places(

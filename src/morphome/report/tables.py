@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from morphome.report import cohort_tables, slide_tables
+from morphome.report import cohort_tables, optimistic, slide_tables
 from morphome.report import format as fmt
 from morphome.report.inputs import ReportData
 from morphome.survival import TIED_TOLERANCE, censoring_km
@@ -294,4 +294,5 @@ def all_tables(data: ReportData) -> dict[str, pd.DataFrame]:
         "sources": cohort_tables.sources(data),
         "gene_groups": cohort_tables.gene_groups(data),
         "sites": cohort_tables.sites(data),
+        "published_protocol": optimistic.table(data),
     }

@@ -8,7 +8,7 @@ outer folds hold out whole sites.
 from __future__ import annotations
 
 import time as clock
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,6 +16,7 @@ import pandas as pd
 
 from morphome import survival
 from morphome.errors import MorphomeError
+from morphome.training.breslow import BreslowBaseline
 from morphome.training.data import Column, FoldData, Outcomes, derive_seed
 from morphome.training.diagnostics import diagnostics_table
 from morphome.training.inner_cv import inner_cv_scores, inner_membership
@@ -46,6 +47,7 @@ class Baseline:
         self._trials: list[dict[str, Any]] = []
         self.best_epoch: int | None = None
         self.device = "cpu"
+        self.branch_risks: dict[str, np.ndarray] = {}
 
     def fit(self, fold: FoldData, notes: list[str]) -> None:
         """Fit on the training patients; remarks for the reader are appended to ``notes``."""
@@ -129,29 +131,26 @@ class _Cox(Baseline):
     """Linear risk x·β with the Breslow baseline of the training patients."""
 
     def predict(self, fold: FoldData, ids: Sequence[str], times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        risk = _linear(self._design(fold, ids), self._coef)
-        hazard = survival.step(self._times, self._hazard, times, before=0.0)
-        return risk, np.exp(-np.exp(risk)[:, None] * hazard[None, :])
+        risk = self.score(fold, ids)
+        return risk, self._baseline.survival(risk, times)
+
+    def score(self, fold: FoldData, ids: Sequence[str]) -> np.ndarray:
+        """x·β (n,) of these patients."""
+        return _linear(self._design(fold, ids), self._coef)
 
     def _design(self, fold: FoldData, ids: Sequence[str]) -> np.ndarray:
         raise NotImplementedError
 
     def _finish(self, coef: np.ndarray, design: np.ndarray, data: Outcomes) -> None:
         self._coef = np.asarray(coef, dtype=np.float64)
-        times, hazard = survival.breslow(_linear(design, self._coef), data.time, data.event)
-        self._times, self._hazard = np.asarray(times, np.float64), np.asarray(hazard, np.float64)
+        self._baseline = BreslowBaseline.fit(_linear(design, self._coef), data.time, data.event)
 
     def arrays(self) -> Arrays:
-        return {
-            "weights/coef": self._coef,
-            "fitted/baseline/times": self._times,
-            "fitted/baseline/cumulative_hazard": self._hazard,
-        }
+        return {"weights/coef": self._coef, **self._baseline.arrays()}
 
     def restore(self, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
         self._coef = arrays["weights/coef"]
-        self._times = arrays["fitted/baseline/times"]
-        self._hazard = arrays["fitted/baseline/cumulative_hazard"]
+        self._baseline = BreslowBaseline.restore(arrays)
 
     @property
     def n_parameters(self) -> int:
@@ -292,6 +291,10 @@ class MeanPoolCox(_Cox):
     needs = frozenset({"path"})
 
     def fit(self, fold: FoldData, notes: list[str]) -> None:
+        self.fit_scores(fold, notes)
+
+    def fit_scores(self, fold: FoldData, notes: list[str]) -> np.ndarray:
+        """:meth:`fit`; the out-of-fold x·β (n,) of the training patients at the ridge chosen, for late fusion."""
         start = clock.perf_counter()
         data = fold.outcomes(*FIT_ROLES)
         pooled = self._pool(fold, data.ids)
@@ -304,7 +307,8 @@ class MeanPoolCox(_Cox):
             return np.stack([outer @ np.asarray(f.coef) for f in fits])
 
         membership = inner_membership(fold, data, self.settings["inner_folds"], self.seed, notes)
-        scores = inner_cv_scores(data, membership, len(ridges), score_fold)
+        held_out = out_of_fold(data, membership, len(ridges), score_fold)
+        scores = inner_cv_scores(data, membership, len(ridges), lambda _, held: held_out[:, held])
         best = self._choose(scores, ridges, notes, fold.where)
         self._scaler, self._components = self._axes(pooled)
         z = self._scaler.transform(pooled)
@@ -313,6 +317,7 @@ class MeanPoolCox(_Cox):
         self._component_coef = np.asarray(fitted.coef, dtype=np.float64)
         self._finish(_linear(self._components, self._component_coef), z, data)
         self._record([f"ridge={r:g}" for r in ridges], scores, best, clock.perf_counter() - start)
+        return held_out[best]
 
     def _pool(self, fold: FoldData, ids: Sequence[str]) -> np.ndarray:
         rows = []
@@ -327,14 +332,7 @@ class MeanPoolCox(_Cox):
     def _axes(self, pooled: np.ndarray) -> tuple[ColumnScaler, np.ndarray]:
         """Scaler and principal axes (columns, components) of these patients; at most n − 1 components."""
         scaler = ColumnScaler.fit(pooled)
-        z = scaler.transform(pooled)
-        _, size, axes = np.linalg.svd(z - z.mean(axis=0), full_matrices=False)
-        # Directions without variance would be numerical noise; they carry nothing.
-        rank = int((size > 1e-9 * max(size.max(initial=0.0), 1e-300)).sum())
-        axes = axes[: max(1, min(self.settings["components"], len(pooled) - 1, rank))].T
-        # The sign of an axis is arbitrary; fix it so that libraries agree.
-        top = np.abs(axes).argmax(axis=0)
-        return scaler, axes * np.where(axes[top, np.arange(axes.shape[1])] < 0, -1.0, 1.0)
+        return scaler, principal_axes(scaler.transform(pooled), self.settings["components"])
 
     def _design(self, fold: FoldData, ids: Sequence[str]) -> np.ndarray:
         return self._scaler.transform(self._pool(fold, ids))
@@ -354,9 +352,36 @@ class MeanPoolCox(_Cox):
         self._component_coef = arrays["weights/component_coef"]
 
 
-BASELINES: dict[str, type[Baseline]] = {
-    model.key: model for model in (RandomScore, ClinicalCox, CoxnetGenes, MeanPoolCox)
-}
+def principal_axes(z: np.ndarray, components: int) -> np.ndarray:
+    """Principal axes (p, ≤ components) of z (n, p), by falling variance, the largest entry of each positive."""
+    _, size, axes = np.linalg.svd(z - z.mean(axis=0), full_matrices=False)
+    # Directions without variance would be numerical noise; they carry nothing.
+    rank = int((size > 1e-9 * max(size.max(initial=0.0), 1e-300)).sum())
+    axes = axes[: max(1, min(components, len(z) - 1, rank))].T
+    # The sign of an axis is arbitrary; fix it so that libraries agree.
+    top = np.abs(axes).argmax(axis=0)
+    return axes * np.where(axes[top, np.arange(axes.shape[1])] < 0, -1.0, 1.0)
+
+
+def out_of_fold(
+    data: Outcomes,
+    membership: np.ndarray,
+    n_settings: int,
+    score_fold: Callable[[np.ndarray, np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """Scores (n_settings, n) of each training patient from the fits without its inner fold.
+
+    Args:
+        membership: (n,) inner fold of each patient.
+        score_fold: ``(rows to fit, rows held out) -> (n_settings, held out)``.
+    """
+    found = np.zeros((n_settings, len(membership)))
+    for k in np.unique(membership):
+        fit, held = np.flatnonzero(membership != k), np.flatnonzero(membership == k)
+        # All events lie in this fold: nothing can be said about it, and 0 is no information.
+        if data.event[fit].any():
+            found[:, held] = score_fold(fit, held)
+    return found
 
 
 def _linear(design: np.ndarray, coef: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 
 from morphome import survival
 from morphome.errors import MorphomeError
-from morphome.training.baselines import FIT_ROLES, Baseline, _Cox, _linear
+from morphome.training.baselines import FIT_ROLES, Baseline, _Cox, _linear, out_of_fold, principal_axes
 from morphome.training.data import Column, FoldData, Outcomes
 from morphome.training.forest import SurvivalForest
 from morphome.training.inner_cv import inner_cv_scores, inner_membership
@@ -82,9 +82,14 @@ class RidgeGenes(_Cox):
     needs = frozenset({"panels"})
 
     def fit(self, fold: FoldData, notes: list[str]) -> None:
+        self.fit_scores(fold, notes)
+
+    def fit_scores(self, fold: FoldData, notes: list[str]) -> np.ndarray:
+        """:meth:`fit`; the out-of-fold x·β (n,) of the training patients at the ridge chosen, for late fusion."""
         data = fold.outcomes(*FIT_ROLES)
-        design, coef, _ = self._fit_genes(fold, data, notes)
+        design, coef, held_out = self._fit_genes(fold, data, notes)
         self._finish(coef, design, data)
+        return held_out
 
     def _fit_genes(self, fold: FoldData, data: Outcomes, notes: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """z-scores (n, p), coefficients (p,) and the out-of-fold x·β (n,) at the ridge chosen."""
@@ -109,15 +114,13 @@ class RidgeGenes(_Cox):
         self, values: np.ndarray, data: Outcomes, membership: np.ndarray, ridges: Sequence[float]
     ) -> np.ndarray:
         """x·β (ridges, n) of each training patient from the fits without its inner fold; scalers refitted there."""
-        found = np.zeros((len(ridges), len(values)))
-        for k in np.unique(membership):
-            held = membership == k
-            if not data.event[~held].any():
-                continue  # All events lie in this fold: nothing can be said about it, and 0 is no information.
-            scaler = ColumnScaler.fit(values[~held], self.settings["clip"])
-            path = fit_ridge_path(scaler.transform(values[~held]), data.time[~held], data.event[~held], ridges)
-            found[:, held] = path.coef @ scaler.transform(values[held]).T
-        return found
+
+        def score_fold(fit: np.ndarray, held: np.ndarray) -> np.ndarray:
+            scaler = ColumnScaler.fit(values[fit], self.settings["clip"])
+            path = fit_ridge_path(scaler.transform(values[fit]), data.time[fit], data.event[fit], ridges)
+            return path.coef @ scaler.transform(values[held]).T
+
+        return out_of_fold(data, membership, len(ridges), score_fold)
 
     def _design(self, fold: FoldData, ids: Sequence[str]) -> np.ndarray:
         return self._genes.transform(fold, ids)
@@ -131,6 +134,64 @@ class RidgeGenes(_Cox):
     def restore(self, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
         super().restore(arrays, facts)
         self._genes = GeneTable.restore(arrays, facts["columns"])
+
+
+@dataclass(frozen=True)
+class ScoreScaler:
+    """(score − centre) / spread, both of the out-of-fold scores of the training patients.
+
+    Attributes:
+        spread: infinite for a score that does not vary: it becomes 0 for everybody.
+    """
+
+    centre: float
+    spread: float
+
+    @classmethod
+    def fit(cls, score: np.ndarray, of: str, notes: list[str], where: str) -> ScoreScaler:
+        """From out-of-fold scores (n,) of ``of``; one that does not vary is left out with a note."""
+        centre, spread = float(score.mean()), float(score.std())
+        if spread <= survival.TIED_TOLERANCE:
+            notes.append(f"the score of the {of} does not vary out of fold: it was left out ({where})")
+            spread = np.inf
+        return cls(centre, spread)
+
+    @property
+    def varies(self) -> bool:
+        """False for a score that is left out."""
+        return bool(np.isfinite(self.spread))
+
+    def transform(self, score: np.ndarray) -> np.ndarray:
+        """(n,) -> (n,), in SDs."""
+        return (score - self.centre) / self.spread
+
+    def array(self) -> np.ndarray:
+        """Centre and spread, (2,)."""
+        return np.array([self.centre, self.spread])
+
+    @classmethod
+    def restore(cls, array: np.ndarray) -> ScoreScaler:
+        """Inverse of :meth:`array`."""
+        return cls(*(float(v) for v in array))
+
+
+def fuse_late(
+    clinical: np.ndarray, scores: Sequence[np.ndarray], scalers: Sequence[ScoreScaler], data: Outcomes, ridge: float
+) -> tuple[np.ndarray, survival.CoxFit, np.ndarray]:
+    """Cox model (Efron ties) on clinical covariates and out-of-fold scores.
+
+    Args:
+        clinical: (n, c); scores: (n,) each, out of fold, unscaled; scalers: one per score; ridge: >= 0.
+
+    Returns:
+        The design (n, c + scores), the fit on the columns that vary, and the coefficients of all columns of the design.
+    """
+    design = np.column_stack([clinical, *(s.transform(v) for s, v in zip(scalers, scores, strict=True))])
+    used = np.array([True] * clinical.shape[1] + [s.varies for s in scalers])
+    fitted = survival.fit_cox_ridge(design[:, used], data.time, data.event, ridge)
+    coef = np.zeros(design.shape[1])
+    coef[used] = fitted.coef
+    return design, fitted, coef
 
 
 class ClinicalGenes(RidgeGenes):
@@ -149,32 +210,24 @@ class ClinicalGenes(RidgeGenes):
     def fit(self, fold: FoldData, notes: list[str]) -> None:
         data = fold.outcomes(*FIT_ROLES)
         _, self._gene_coef, score = self._fit_genes(fold, data, notes)
-        self._centre, self._spread = float(score.mean()), float(score.std())
-        if self._spread <= survival.TIED_TOLERANCE:
-            notes.append(f"the score of the genes does not vary out of fold: it was left out ({fold.where})")
-            self._spread = np.inf
+        self._scale = ScoreScaler.fit(score, "genes", notes, fold.where)
         rows = fold.table.loc[list(data.ids)]
         self._encoder = ClinicalEncoder.fit(rows, self.settings["covariates"], notes, fold.where)
-        design = np.column_stack([self._encoder.transform(rows), self._scaled(score)])
-        used = design if np.isfinite(self._spread) else design[:, :-1]
-        fitted = survival.fit_cox_ridge(used, data.time, data.event, self.settings["ridge"])
+        clinical = self._encoder.transform(rows)
+        design, fitted, coef = fuse_late(clinical, [score], [self._scale], data, self.settings["ridge"])
         self._check_converged(fitted, notes, fold.where)
-        self._finish(np.append(fitted.coef, np.zeros(design.shape[1] - used.shape[1])), design, data)
-
-    def _scaled(self, score: np.ndarray) -> np.ndarray:
-        return (score - self._centre) / self._spread
+        self._finish(coef, design, data)
 
     def _design(self, fold: FoldData, ids: Sequence[str]) -> np.ndarray:
         score = _linear(self._genes.transform(fold, ids), self._gene_coef)
-        return np.column_stack([self._encoder.transform(fold.table.loc[list(ids)]), self._scaled(score)])
+        return np.column_stack([self._encoder.transform(fold.table.loc[list(ids)]), self._scale.transform(score)])
 
     @property
     def n_parameters(self) -> int:
         return super().n_parameters + int(np.count_nonzero(self._gene_coef))
 
     def arrays(self) -> Arrays:
-        scale = np.array([self._centre, self._spread])
-        own = {"weights/gene_coef": self._gene_coef, "fitted/gene_score/centre_spread": scale}
+        own = {"weights/gene_coef": self._gene_coef, "fitted/gene_score/centre_spread": self._scale.array()}
         return super().arrays() | self._encoder.arrays("fitted/clinical") | own
 
     def facts(self) -> dict[str, Any]:
@@ -184,7 +237,7 @@ class ClinicalGenes(RidgeGenes):
         super().restore(arrays, facts)
         self._encoder = ClinicalEncoder.restore(arrays, "fitted/clinical", facts["clinical"])
         self._gene_coef = arrays["weights/gene_coef"]
-        self._centre, self._spread = (float(v) for v in arrays["fitted/gene_score/centre_spread"])
+        self._scale = ScoreScaler.restore(arrays["fitted/gene_score/centre_spread"])
 
 
 class RandomForest(Baseline):
@@ -241,16 +294,3 @@ class RandomForest(Baseline):
         self._encoder = ClinicalEncoder.restore(arrays, "fitted/clinical", facts["clinical"])
         self._axes = arrays["fitted/pca/axes"]
         self._forest = SurvivalForest.restore(arrays, "weights/forest")
-
-
-def principal_axes(z: np.ndarray, components: int) -> np.ndarray:
-    """Principal axes (p, ≤ components) of z (n, p), by falling variance, the largest entry of each positive."""
-    _, size, axes = np.linalg.svd(z - z.mean(axis=0), full_matrices=False)
-    # Directions without variance would be numerical noise; they carry nothing.
-    rank = int((size > 1e-9 * max(size.max(initial=0.0), 1e-300)).sum())
-    axes = axes[: max(1, min(components, len(z) - 1, rank))].T
-    top = np.abs(axes).argmax(axis=0)
-    return axes * np.where(axes[top, np.arange(axes.shape[1])] < 0, -1.0, 1.0)
-
-
-GENE_BASELINES: dict[str, type[Baseline]] = {model.key: model for model in (RidgeGenes, ClinicalGenes, RandomForest)}

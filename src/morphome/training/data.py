@@ -6,10 +6,11 @@ this module can use them.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,8 @@ from morphome.features.store import BagStore
 from morphome.files import parquet_meta, read_json, read_parquet
 
 ROLES = ("train", "inner_val", "test")
+#: Name of the panel of vectors that a frozen encoder of RNA made.
+ENCODED = "encoded"
 #: Bags kept in memory up to this size; those beyond it are read again when needed.
 CACHE_BYTES = 6 * 2**30
 
@@ -66,13 +69,15 @@ class FoldData:
         where: str = "",
         lost: Mapping[str, int] | None = None,
         scheme: str = "",
+        rna_encoder: Mapping[str, Any] | None = None,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         """Args:
         table: one row per patient with ``patient_id``, ``slide_ids`` and, for training, ``role``,
             ``time_months``, ``event``; without ``role`` everybody is a test patient.
         index: the feature index; None when no model asks for bags.
-        panels: molecular tables by panel name.
+        panels: molecular tables by panel name; "encoded" is what a frozen encoder of RNA made of the patients.
+        rna_encoder: the configured encoder (``name``, ``components``), for models that read one.
         cache_bytes: bags up to this many bytes stay in memory.
 
         Raises:
@@ -91,12 +96,14 @@ class FoldData:
         self.lost = dict(lost or {})
         self.scheme = scheme
         self.groups = {name: tuple(Column(*c) for c in columns) for name, columns in (groups or {}).items()}
+        self.rna_encoder = dict(rna_encoder or {})
         self._index = index
         self._panels = dict(panels or {})
         self._frames: dict[str, pd.DataFrame] = {}
         self._store: BagStore | None = None
         self._cache: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        self._cache_left = cache_bytes
+        # An array, so that what with_roles() makes counts down the same number.
+        self._cache_left = np.array(cache_bytes, dtype=np.int64)
 
     # -- patients -------------------------------------------------------------------------------------------
     def ids(self, *roles: str) -> tuple[str, ...]:
@@ -118,6 +125,33 @@ class FoldData:
         rows = self.table.loc[list(ids)]
         return Outcomes(ids, rows["time_months"].to_numpy("float64"), rows["event"].to_numpy("float64").astype("int64"))
 
+    def with_roles(self, roles: Mapping[str, str]) -> FoldData:
+        """The same fold with these patients only, in other roles; bags and molecular tables are shared.
+
+        Args:
+            roles: role by patient id. Who gets the role "test" loses time and event.
+
+        Raises:
+            MorphomeError: an unknown patient or role; a test patient of this fold, whose outcome is not known here,
+                is to be fitted on.
+        """
+        table = self.table[self.table["patient_id"].isin(list(roles))].copy()
+        table["role"] = table["patient_id"].map(dict(roles))
+        fitted = table["role"] != "test"
+        if len(table) != len(roles) or not table["role"].isin(ROLES).all() or table.loc[fitted, "event"].isna().any():
+            raise MorphomeError(
+                f"{self.where}: new roles name patients that are unknown or without an outcome, or roles that are not "
+                f"{', '.join(ROLES)}",
+                "report this as a fault of morphome",
+            )
+        for column in ("time_months", "event"):
+            table[column] = table[column].where(fitted)
+        if self._store is None and self._index is not None:
+            self._store = BagStore(self._index)
+        fold = copy.copy(self)
+        fold.table = table
+        return fold
+
     # -- bags -----------------------------------------------------------------------------------------------
     @property
     def fingerprint(self) -> str:
@@ -132,6 +166,11 @@ class FoldData:
         Raises:
             MorphomeError: the patient has no tile.
         """
+        features, position = self.stored_bag(patient_id)
+        return features.astype(np.float32), position
+
+    def stored_bag(self, patient_id: str) -> tuple[np.ndarray, np.ndarray]:
+        """As :meth:`bag`, with the features as they are kept in memory (float16 as a rule); not to be changed."""
         if patient_id not in self._cache:
             features, position = self._read_bag(patient_id)
             half = features.astype(np.float16)
@@ -141,8 +180,7 @@ class FoldData:
                 return features, position
             self._cache_left -= kept.nbytes + position.nbytes
             self._cache[patient_id] = (kept, position)
-        features, position = self._cache[patient_id]
-        return features.astype(np.float32), position
+        return self._cache[patient_id]
 
     def _read_bag(self, patient_id: str) -> tuple[np.ndarray, np.ndarray]:
         if self._store is None:
@@ -165,7 +203,12 @@ class FoldData:
     @property
     def gene_panels(self) -> tuple[str, ...]:
         """The panels that models of genes read; counts for encoders of RNA are not among them."""
-        return tuple(panel for panel in self._panels if panel != "expression")
+        return tuple(panel for panel in self._panels if panel not in ("expression", ENCODED))
+
+    @property
+    def encoded(self) -> bool:
+        """Whether a frozen encoder of RNA has made vectors of the patients (the panel ``encoded``)."""
+        return ENCODED in self._panels
 
     def panel_columns(self, panels: Iterable[str]) -> tuple[Column, ...]:
         """Every column of these panels, by panel in the order given, then by gene."""
@@ -192,6 +235,10 @@ class FoldData:
             values[:, at] = frame.reindex(list(ids)).to_numpy("float64")[:, places]
         return values
 
+    def without_genes(self, patient_id: str, columns: Sequence[Column]) -> bool:
+        """True for a patient with no row in any of the tables of these columns."""
+        return all(patient_id not in self._panel(panel).index for panel in {column.panel for column in columns})
+
     def without_panel(self, panels: Iterable[str], ids: Sequence[str]) -> dict[str, int]:
         """Number of these patients that have no row in each of the panels."""
         return {panel: int((~pd.Index(ids).isin(self._panel(panel).index)).sum()) for panel in panels}
@@ -203,7 +250,7 @@ class FoldData:
                     f"the model needs the molecular table '{panel}', which is not configured",
                     f"add molecular.{panel} to the configuration, or leave this model out",
                 )
-            frame = read_parquet(self._panels[panel], "morphome.panel")
+            frame = read_parquet(self._panels[panel], "morphome.encoded" if panel == ENCODED else "morphome.panel")
             _unique(frame, str(self._panels[panel]))
             self._frames[panel] = frame.set_index("patient_id")
         return self._frames[panel]
@@ -218,6 +265,7 @@ def load_fold(
     splits: Path,
     repeat: int,
     fold: int,
+    rna_encoder: Mapping[str, Any] | None = None,
 ) -> tuple[FoldData, pd.DataFrame]:
     """Read what a run needs, joined by ``patient_id``.
 
@@ -271,6 +319,7 @@ def load_fold(
         where=where,
         lost={"analysed patients without a role in this fold": len(table) - len(joined)},
         scheme=scheme,
+        rna_encoder=rna_encoder,
     )
     outcomes = joined.sort_values("patient_id")[["patient_id", "role", "time_months", "event"]]
     return fold_data, outcomes.reset_index(drop=True)

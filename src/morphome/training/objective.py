@@ -1,15 +1,18 @@
-"""What a neural model is trained on: the weights of the sampler, the choice of the epoch, loss, risk and curve."""
+"""What a neural model is trained on: the weights of the sampler, the choice of the epoch; loss, risk and curve of a
+discrete-hazard head. The Cox head's objective is :mod:`morphome.training.cox_objective`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
 
+from morphome import survival
 from morphome.models import hazard
+from morphome.training.data import Outcomes
+from morphome.training.preprocess import Arrays
 
 
 def sampling_weights(bins: np.ndarray, event: np.ndarray) -> np.ndarray:
@@ -31,24 +34,25 @@ class EpochChoice:
     """Which epoch is kept, and when to stop.
 
     ``inner_best``: the highest inner C, of equal ones the lower inner loss; stop after ``patience`` epochs without a
-    higher C. While C cannot be computed the inner loss decides. ``last``: the last epoch.
+    higher C. While C cannot be computed the inner loss decides. ``last``: the last epoch. ``oracle_outer_best``: as
+    ``inner_best`` without patience, for the published protocol, whose "inner" part is the reported fold.
     """
 
     def __init__(self, rule: str, patience: int) -> None:
         self.rule, self.patience = rule, patience
         self.best: tuple[float, float] | None = None
         self.epoch = 0
-        self._waited = 0
+        self.waited = 0
 
     def update(self, epoch: int, c: float, loss: float) -> bool:
         """Take in an epoch; True when its state is the one to keep."""
-        if self.rule == "last":
-            self.epoch = epoch
-            return True
         score = (-math.inf if math.isnan(c) else c, -loss)
+        if self.rule == "last":
+            self.best, self.epoch = score, epoch
+            return True
         kept = self.best is None or score > self.best
         higher = self.best is None or score[0] > self.best[0] or (score[0] == -math.inf and kept)
-        self._waited = 0 if higher else self._waited + 1
+        self.waited = 0 if higher else self.waited + 1
         if kept:
             self.best, self.epoch = score, epoch
         return kept
@@ -56,7 +60,7 @@ class EpochChoice:
     @property
     def stop(self) -> bool:
         """True after ``patience`` epochs without a higher C."""
-        return self.rule != "last" and self._waited >= self.patience
+        return self.rule == "inner_best" and self.waited >= self.patience
 
 
 class HazardObjective:
@@ -73,25 +77,50 @@ class HazardObjective:
     Attributes:
         edges: (K-1,) inner edges, months; offsets: (K,) added to the logits for curves, 0 until
             :meth:`recalibrate`.
+        output: key of the model's output; width: its columns K.
+        whole_window: False: the loss of a patient stands for itself.
     """
 
-    def __init__(self, edges: np.ndarray, offsets: np.ndarray | None = None) -> None:
-        self.edges = edges
-        self.offsets = np.zeros(len(edges) + 1) if offsets is None else offsets
+    output = "logits"
+    whole_window = False
 
-    def loss(self, output: Mapping[str, Any], time: float, event: int, beta: float) -> torch.Tensor:
-        """Negative log-likelihood of one patient."""
-        logits = output["logits"]
-        bins = torch.as_tensor(hazard.bin_index([time], self.edges), device=logits.device)
-        status = torch.tensor([event], device=logits.device)
-        return hazard.nll_loss(logits, bins, status, beta)
+    def __init__(self, edges: np.ndarray, offsets: np.ndarray | None = None, beta: float = 0.0) -> None:
+        self.edges, self.beta = edges, beta
+        self.width = len(edges) + 1
+        self.offsets = np.zeros(self.width) if offsets is None else offsets
 
-    def recalibrate(self, logits: np.ndarray, time: np.ndarray, event: np.ndarray) -> None:
+    def bins(self, time: np.ndarray) -> np.ndarray:
+        """Time bin of each patient, (n,)."""
+        return hazard.bin_index(time, self.edges)
+
+    def loss(self, output: torch.Tensor, time: float, event: int, beta: float | None = None) -> torch.Tensor:
+        """Negative log-likelihood of one patient from logits (1, K); β of the training section unless given."""
+        bins = torch.as_tensor(hazard.bin_index([time], self.edges), device=output.device)
+        status = torch.tensor([event], device=output.device)
+        return hazard.nll_loss(output, bins, status, self.beta if beta is None else beta)
+
+    def score(self, outputs: np.ndarray, data: Outcomes) -> tuple[float, float]:
+        """Mean loss (β = 0, so that settings compare) and Harrell's C; NaN without patients or pairs."""
+        if not data.ids:
+            return math.nan, math.nan
+        bins, event = torch.from_numpy(self.bins(data.time)), torch.from_numpy(data.event)
+        loss = hazard.nll_loss(torch.from_numpy(outputs), bins, event)
+        return loss.item(), float(survival.harrell(data.time, data.event, self.risk(outputs)).c)
+
+    def risk(self, outputs: np.ndarray) -> np.ndarray:
+        """Risk (n,), higher = worse, from logits (n, K) float64."""
+        return hazard.risk(torch.from_numpy(outputs)).numpy().copy()
+
+    def recalibrate(self, outputs: np.ndarray, time: np.ndarray, event: np.ndarray) -> None:
         """Refit the offsets on these patients, logits (n, K), each of them once."""
-        self.offsets = hazard.baseline_offsets(logits, hazard.bin_index(time, self.edges), event)
+        self.offsets = hazard.baseline_offsets(outputs, self.bins(time), event)
 
-    def prediction(self, logits: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def prediction(self, outputs: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Risk (n,) from raw and S(t) (n, T) from recalibrated logits (n, K) float64."""
-        raw, level = torch.from_numpy(logits), torch.from_numpy(logits + self.offsets)
+        level = torch.from_numpy(outputs + self.offsets)
         curves = hazard.survival_curve(hazard.log_survival(level), self.edges, times).numpy()
-        return hazard.risk(raw).numpy().copy(), curves
+        return self.risk(outputs), curves
+
+    def arrays(self) -> Arrays:
+        """Fitted state, as saved with the model."""
+        return {"fitted/bin_edges": self.edges, "fitted/baseline_offsets": self.offsets}

@@ -13,24 +13,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 from threadpoolctl import threadpool_limits
 
 from morphome import __version__
+from morphome.config import schema
 from morphome.errors import MorphomeError, MorphomeWarning
 from morphome.files import read_json, write_json, write_parquet
+from morphome.models.catalog import info
 from morphome.survival import TIED_TOLERANCE
-from morphome.training.baselines import BASELINES as FIRST_BASELINES
-from morphome.training.baselines import Baseline
-from morphome.training.baselines_genes import GENE_BASELINES
 from morphome.training.checkpoint import load_model, save_model
-from morphome.training.data import FoldData, derive_seed, load_fold
+from morphome.training.data import FoldData, Outcomes, derive_seed, load_fold
 from morphome.training.preprocess import time_grid
 
 if TYPE_CHECKING:
+    from morphome.training.baselines import Baseline
     from morphome.training.trainer import NeuralModel
-
-
-BASELINES: dict[str, type[Baseline]] = {**FIRST_BASELINES, **GENE_BASELINES}
 
 
 @dataclass
@@ -80,21 +78,19 @@ def make_model(
     seed: int,
     threads: int = 1,
     horizon_months: float | None = None,
+    state_file: Path | None = None,
 ) -> Baseline | NeuralModel:
     """An untrained model of the registry (baselines and neural models alike).
 
     Raises:
         MorphomeError: there is no such model.
     """
-    if key in BASELINES:
-        return BASELINES[key](settings, training, seed)
+    if info(key).kind == "baseline":
+        return info(key).load()(settings, training, seed)
     # Baselines must not wait for torch.
-    from morphome.models.registry import NEURAL
     from morphome.training.trainer import NeuralModel
 
-    if key not in NEURAL:
-        raise MorphomeError(f"there is no model '{key}'", f"models are {', '.join([*BASELINES, *NEURAL])}")
-    return NeuralModel(key, settings, training, seed, threads, horizon_months)
+    return NeuralModel(key, settings, training, seed, threads, horizon_months, state_file)
 
 
 def run_train(
@@ -111,8 +107,11 @@ def run_train(
     fold: int,
     out: Path,
     threads: int = 1,
+    resume: bool = True,
 ) -> None:
     """Train one model on one fold and write its predictions, history, diagnostics, weights and facts.
+
+    A network that was killed goes on where its last state was written (``training.state`` in the folder).
 
     Args:
         settings: ``{"model": {"name", "model", "settings", "training"}}``.
@@ -121,25 +120,36 @@ def run_train(
         name: row of the model table; repeat, fold: of the splits.
         out: folder of the five files.
         threads: CPU threads of torch. Sums are ordered by them, so equal threads give equal bits.
+        resume: write and take up states of training.
 
     Raises:
         MorphomeError: inputs that do not fit together, a loss that is not finite.
     """
     start = clock.perf_counter()
-    entry = settings["model"]
+    entry, out = settings["model"], Path(out)
     key, training = entry["model"], entry["training"]
     seed = derive_seed(training["seed"], repeat, fold)
     data, outcomes = load_fold(
-        patients=patients, index=index, panels=panels, groups=groups, splits=splits, repeat=repeat, fold=fold
+        patients=patients,
+        index=index,
+        panels=panels,
+        groups=groups,
+        splits=splits,
+        repeat=repeat,
+        fold=fold,
+        rna_encoder=settings.get("encoder"),
     )
     horizon = read_json(split_facts, "morphome.split_facts")["horizon_months"]
     notes: list[str] = []
     times = time_grid(horizon, data.outcomes("train", "inner_val").time)
 
-    model = make_model(key, entry["settings"], training, seed, threads, horizon)
+    state_file = out / "training.state" if resume else None
+    model = make_model(key, entry["settings"], training, seed, threads, horizon, state_file)
+    # Only the published protocol, which is marked as optimistic, may see them.
+    shown = {"shown": _shown(outcomes)} if training["protocol"] == "published" and info(key).kind == "neural" else {}
     with _one_blas_thread():
         fit_start = clock.perf_counter()
-        model.fit(data, notes)
+        model.fit(data, notes, **shown)
         fit_seconds = clock.perf_counter() - fit_start
         ids = data.ids()
         risk, survival = model.predict(data, ids, times)
@@ -150,11 +160,12 @@ def run_train(
     notes += [f"{count} {reason} ({data.where})" for reason, count in data.lost.items() if count]
 
     history = model.history
-    out = Path(out)
     extra = {"name": name, "model": key, "repeat": repeat, "fold": fold}
     outcomes = outcomes.set_index("patient_id").loc[list(ids)].reset_index()
     predictions = outcomes.astype({"time_months": "float64", "event": "int8"}).assign(
-        risk=risk.astype(np.float64), survival=list(survival.astype(np.float64))
+        risk=risk.astype(np.float64),
+        survival=list(survival.astype(np.float64)),
+        **{f"risk_{branch}": values for branch, values in model.branch_risks.items()},
     )
     facts = {
         **extra,
@@ -216,7 +227,10 @@ def load_run(folder: Path, threads: int | None = None) -> TrainedModel:
     """
     arrays, facts = load_model(Path(folder) / "model.safetensors")
     # A model trained on a GPU also predicts without one.
-    training = {**facts["training"], "device": "cpu" if facts["training"]["device"] == "cpu" else "auto"}
+    # What a model of an earlier version does not say had the value that is the default now.
+    known = {name: part["default"] for name, part in schema()["$defs"]["training"]["properties"].items()}
+    device = "cpu" if facts["training"]["device"] == "cpu" else "auto"
+    training = {**known, **facts["training"], "device": device}
     model = make_model(facts["model"], facts["settings"], training, facts["seed"], threads or int(facts["threads"]))
     times = arrays.pop("fitted/times_months")
     model.restore(arrays, facts["fitted"])
@@ -228,6 +242,17 @@ def _one_blas_thread() -> Iterator[None]:
     """NumPy's linear algebra on one thread: its sums then do not depend on the machine's cores."""
     with threadpool_limits(1, user_api="blas"):
         yield
+
+
+def _shown(outcomes: pd.DataFrame) -> dict[str, Outcomes]:
+    """Outcomes of the test patients and of all, for the published protocol."""
+    rows = {"test": outcomes[outcomes["role"] == "test"], "all": outcomes}
+    return {
+        name: Outcomes(
+            tuple(part["patient_id"]), part["time_months"].to_numpy("float64"), part["event"].to_numpy("int64")
+        )
+        for name, part in rows.items()
+    }
 
 
 def _versions() -> dict[str, str]:
