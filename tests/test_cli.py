@@ -21,7 +21,7 @@ def test_help_lists_the_steps_in_the_order_of_the_data():
     text = runner.invoke(app, ["--help"]).output
     commands = re.findall(r"^│ (\w+)  ", text, re.MULTILINE)
     steps = [step for step in STEPS if step != "import"]
-    assert commands == ["check", *steps, "models", "encoders", "features", "bench"]
+    assert commands == ["check", *steps, "models", "validate", "encoders", "features", "bench"]
 
 
 def test_check_says_where_the_report_will_be(repository, monkeypatch):

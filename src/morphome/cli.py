@@ -16,7 +16,7 @@ from morphome import __version__, cli_download, cli_tools, cli_validate
 from morphome.cli_base import DEFAULT, Config, Run, readable_errors
 from morphome.errors import MorphomeError
 from morphome.files import write_json
-from morphome.models.catalog import info
+from morphome.models.catalog import row_needs
 from morphome.steps import code_hash
 from morphome.workflow import encodes_rna, run_folders, slide_jobs, slide_paths, slides_from_gdc
 
@@ -120,13 +120,13 @@ def genes(config: Config = DEFAULT) -> None:
 
 
 @step(START)
-def encode_rna(config: Config = DEFAULT) -> None:
+def rna(config: Config = DEFAULT) -> None:
     """Vectors of RNA by a frozen encoder (scGPT, BulkRNABert, or a table of your own)."""
     from morphome.rna.step import run_encode_rna
 
     run = Run(config)
     run_encode_rna(
-        settings=run.settings("encode_rna"),
+        settings=run.settings("rna"),
         expression=run.panels.get("expression"),
         groups=run.groups,
         out=run.paths.encoded,
@@ -328,7 +328,7 @@ def train(
         settings=run.settings("train", model=model),
         patients=run.analysis,
         index=run.index,
-        panels={**run.panels, **(run.encoded if "rna" in info(run.config["models"][model]["model"]).needs else {})},
+        panels={**run.panels, **(run.encoded if "rna" in row_needs(run.config["models"][model]) else {})},
         groups=run.groups,
         splits=run.splits,
         split_facts=run.split_facts,
@@ -390,7 +390,7 @@ def report(config: Config = DEFAULT) -> None:
         oracle=run.made(paths.oracle, "morphome.oracle", "simulate") if "simulate" in run.config else None,
         cohort_slides=run.slides,
         cohort_patients=run.patients,
-        encoder=run.made(paths.encoded_facts, "morphome.encoder", "encode_rna") if encodes_rna(run.config) else None,
+        encoder=run.made(paths.encoded_facts, "morphome.encoder", "rna") if encodes_rna(run.config) else None,
         config=run.config,
     )
     run_report(settings=run.settings("report"), inputs=inputs, out=paths.report.parent)

@@ -67,7 +67,7 @@ class Run:
         """The panel of vectors that a frozen encoder of RNA made; empty without one."""
         if not encodes_rna(self.config):
             return {}
-        return {"encoded": self.made(self.paths.encoded, "morphome.encoded", "encode_rna")}
+        return {"encoded": self.made(self.paths.encoded, "morphome.encoded", "rna")}
 
     @property
     def splits(self) -> Path:

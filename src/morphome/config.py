@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,20 +17,10 @@ import yaml
 
 from morphome.errors import MorphomeError
 from morphome.features.fit import encoder_problems
-from morphome.models.catalog import catalog, info
+from morphome.models.catalog import catalog, info, row_needs
 from morphome.paths import PANELS, PUBLISHED, Paths
 from morphome.rna.registry import FROZEN, resolve
-
-SCHEMAS = Path(__file__).parent / "schemas"
-
-
-@functools.cache
-def schema() -> dict[str, Any]:
-    """The JSON schema of the configuration, with that of each model in ``$defs``; the only place of its defaults."""
-    whole = yaml.safe_load((SCHEMAS / "config.schema.yaml").read_text(encoding="utf-8"))
-    whole["$defs"]["models"] = catalog()
-    return whole
-
+from morphome.schema import schema
 
 #: Keys of a molecular table that only some formats read.
 _KEYS_OF_FORMATS = {
@@ -194,6 +183,10 @@ def _resolve_models(full: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
         _fill(entry, known[key])
         _fill(training, schema()["$defs"]["training"])
         checks = [(f"models.{name}", entry, known[key])]
+        distil = training.get("distil")
+        if isinstance(distil, dict) and distil.get("teacher") in known and isinstance(distil.get("settings"), dict):
+            _fill(distil["settings"], known[distil["teacher"]])
+            checks.append((f"models.{name}.training.distil.settings", distil["settings"], known[distil["teacher"]]))
         if own:  # the section itself is checked once, for all
             checks.append((f"models.{name}.training", training, schema()["$defs"]["training"]))
         for prefix, content, part in checks:
@@ -218,7 +211,7 @@ def _resolve_encoder(full: dict[str, Any]) -> list[str]:
     if found.used is not None:
         section["name"] = found.used
         return []
-    full["models"] = {name: row for name, row in full["models"].items() if "rna" not in info(row["model"]).needs}
+    full["models"] = {name: row for name, row in full["models"].items() if "rna" not in row_needs(row)}
     return [] if full["models"] else [f"models: every row needs the encoder that is skipped. Remedy: {found.reason}"]
 
 
@@ -292,7 +285,8 @@ def _contradictions(full: Mapping[str, Any]) -> list[str]:
     if "simulate" in full and full["simulate"]["tiles_min"] > full["simulate"]["tiles_max"]:
         problems.append("simulate.tiles_min: larger than simulate.tiles_max. Remedy: swap them")
     for name, entry in full["models"].items():
-        needs = schema()["$defs"]["models"][entry["model"]]["needs"]
+        problems += _distil_problems(name, entry)
+        needs = row_needs(entry)
         if "path" in needs and "wsi" not in full["cohort"]["require"]:
             problems.append(
                 f"models.{name}: sees slides, but cohort.require does not list 'wsi'. "
@@ -325,6 +319,25 @@ def _contradictions(full: Mapping[str, Any]) -> list[str]:
                     f"Remedy: add molecular.{need} or take the model out"
                 )
     return problems
+
+
+def _distil_problems(name: str, entry: Mapping[str, Any]) -> list[str]:
+    """What a student and its teacher must be."""
+    distil, key = entry["training"]["distil"], f"models.{name}.training.distil"
+    if not distil:
+        return []
+    if info(entry["model"]).needs != {"path"} or info(entry["model"]).kind != "neural":
+        return [f"{key}: {entry['model']} is no network of slides alone. Remedy: take distil out of this row"]
+    if entry["training"]["protocol"] == "published":
+        return [f"{key}: does not go with protocol published. Remedy: protocol honest"]
+    teacher = distil["teacher"]
+    if distil["loss"] == "gene_aux":
+        return []
+    if teacher not in catalog() or info(teacher).kind != "neural":
+        return [f"{key}.teacher: {teacher} is no network. Remedy: mcat, mome or another network of morphome models"]
+    if distil["loss"] == "kd_logit" and "cox" in (info(entry["model"]).head, info(teacher).head):
+        return [f"{key}.loss: kd_logit compares time bins, which a Cox head has not. Remedy: kd_risk_rank"]
+    return []
 
 
 def named_files(full: Mapping[str, Any]) -> dict[str, Path]:

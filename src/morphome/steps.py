@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from morphome.files import check_stamp, read_stamp, settings_hash, write_text
-from morphome.models.catalog import info
+from morphome.models.catalog import info, row_needs
 from morphome.paths import PANELS, Paths
 
 PACKAGE = Path(__file__).parent
@@ -53,7 +53,7 @@ STEPS: dict[str, Step] = {
         ("molecular.sheet", *(f"molecular.{part}" for part in (*PANELS, "groups")), "cohort.sample_types"),
         "morphome.genomics.panels",
     ),
-    "encode_rna": Step(("molecular.encoder",), "morphome.rna.step"),
+    "rna": Step(("molecular.encoder",), "morphome.rna.step"),
     "weights": Step(("features.encoder",), "morphome.features.prefetch"),
     "tile": Step(("tiling", "slides.reader"), "morphome.slides.tile_job"),
     # How an encoder is run (weights, device, runtime, batch) is not among its settings: the vectors are the same, and
@@ -89,7 +89,7 @@ def step_settings(
     if step == "train":
         entry = config["models"][model]
         encoder = config["molecular"].get("encoder", {})
-        return {"model": entry, **({"encoder": encoder} if "rna" in info(entry["model"]).needs else {})}
+        return {"model": entry, **({"encoder": encoder} if "rna" in row_needs(entry) else {})}
     keys = STEPS[step].keys
     if keys == ("*",):
         return dict(config)

@@ -13,7 +13,7 @@ from morphome.cohort.slide_sheet import SlideRow, read_slide_sheet
 from morphome.config import named_files
 from morphome.download.listing import KIND_OF_FORMAT, KINDS
 from morphome.errors import MorphomeError
-from morphome.models.catalog import info
+from morphome.models.catalog import row_needs
 from morphome.paths import GDC_TABLES, PANELS, PUBLISHED, Paths
 from morphome.rna.registry import FROZEN, resolve
 
@@ -104,7 +104,7 @@ def fetched_weights(config: Mapping[str, Any]) -> bool:
 def encodes_rna(config: Mapping[str, Any]) -> bool:
     """Whether a step of its own makes vectors of RNA: a frozen encoder is used, and a row needs it."""
     used = config["molecular"].get("encoder", {}).get("name") in FROZEN
-    return used and any("rna" in info(row["model"]).needs for row in config["models"].values())
+    return used and any("rna" in row_needs(row) for row in config["models"].values())
 
 
 def rna_files(config: Mapping[str, Any]) -> list[Path]:

@@ -69,11 +69,11 @@ def test_a_rule_without_strength_is_none_bit_for_bit(name, accumulation):
 @pytest.mark.parametrize("name", NEUTRAL)
 def test_a_rule_without_strength_is_none_in_cox_windows(name):
     tried = Loop(CoxTokens, NEUTRAL[name])
-    tried.run(2, inner_c=INNER)
-    assert loop.equal(loop.plain_weights(CoxTokens), tried.weights())
+    tried.run(1, inner_c=INNER)
+    assert loop.equal(loop.plain_weights(CoxTokens, epochs=1), tried.weights())
 
 
-@pytest.mark.parametrize("kind", [Tokens, Split, SplitHazard])
+@pytest.mark.parametrize("kind", [Tokens, Split])
 @pytest.mark.parametrize("rule", [r for r in RULES if r != "none"])
 def test_every_rule_changes_the_training(rule, kind):
     """And logs what it watches; every weight stays finite."""

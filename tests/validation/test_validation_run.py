@@ -49,10 +49,10 @@ def counted(monkeypatch):
 
 
 def test_a_mini_run_of_two_models_and_its_continuation(tmp_path, tiny_abmil, counted, capsys):
-    models, cohorts = ["mean_pool_cox", "abmil"], ["S3", "S4"]
-    table = validate(models, cohorts, tmp_path, n=60, seeds=1, folds=2, cores=1, **SMALL)
+    keys, cohorts = ["mean_pool_cox", "abmil"], ["S3", "S4"]
+    table = validate(keys, cohorts, tmp_path, n=60, seeds=1, folds=2, cores=1, **SMALL)
     assert len(counted) == 2 * (2 + 4)
-    assert set(table["model"]) == set(models)
+    assert set(table["model"]) == set(keys)
     assert set(table["scenario"]) == {"S3", "S4"}
     judged = table[table["verdict"] != "not applicable"]
     assert judged["value"].notna().all()
@@ -75,14 +75,14 @@ def test_a_mini_run_of_two_models_and_its_continuation(tmp_path, tiny_abmil, cou
     # Again: nothing to do. One fit gone, one broken, one with other settings: these and no others are done again.
     counted.clear()
     capsys.readouterr()
-    again = validate(models, cohorts, tmp_path, n=60, seeds=1, folds=2, cores=1, **SMALL)
+    again = validate(keys, cohorts, tmp_path, n=60, seeds=1, folds=2, cores=1, **SMALL)
     assert not counted
     assert "12 of 12 fits are there already" in capsys.readouterr().out
     pd.testing.assert_frame_equal(again, table)
-    fits = plan(models, cohorts, 60, 1, 2, **SMALL)
+    fits = plan(keys, cohorts, 60, 1, 2, **SMALL)
     fits[0].path(tmp_path).unlink()
     fits[3].path(tmp_path).write_bytes(b"half of a file")
-    third = validate(models, cohorts, tmp_path, n=60, seeds=1, folds=2, cores=1, **SMALL)
+    third = validate(keys, cohorts, tmp_path, n=60, seeds=1, folds=2, cores=1, **SMALL)
     assert counted == [(fit.model, fit.cohort, fit.scheme, fit.fold) for fit in (fits[0], fits[3])]
     pd.testing.assert_frame_equal(third, table)
 
@@ -108,10 +108,11 @@ def test_changed_settings_or_code_repeat_a_fit(tmp_path, tiny_abmil, monkeypatch
 
 def test_a_killed_run_goes_on_and_leaves_no_worker_behind(tmp_path):
     """SIGKILL after the first fit; the second run does the rest, with the same numbers as an undisturbed one."""
+    keys = ["mean_pool_cox", "random"]
     code = (
         "import sys\nfrom pathlib import Path\nfrom morphome.validation.run import validate\n"
         "if __name__ == '__main__':\n"
-        f"    validate(['mean_pool_cox', 'random'], ['S3'], Path(sys.argv[1]), n=60, seeds=2, folds=2, cores=2, **{SMALL})\n"
+        f"    validate({keys}, ['S0'], Path(sys.argv[1]), n=60, seeds=2, folds=2, cores=2, **{SMALL})\n"
     )
     script = tmp_path / "script.py"
     script.write_text(code)
@@ -130,11 +131,11 @@ def test_a_killed_run_goes_on_and_leaves_no_worker_behind(tmp_path):
         time.sleep(0.05)
     assert not any(_alive(pid) for pid in workers)
 
-    table = validate(["mean_pool_cox", "random"], ["S3"], out, n=60, seeds=2, folds=2, cores=1, **SMALL)
-    fits = plan(["mean_pool_cox", "random"], ["S3"], 60, 2, 2, **SMALL)
+    table = validate(keys, ["S0"], out, n=60, seeds=2, folds=2, cores=1, **SMALL)
+    fits = plan(keys, ["S0"], 60, 2, 2, **SMALL)
     assert all(fit.done(out) for fit in fits)
     assert not list(out.rglob("*.tmp*"))
-    whole = validate(["mean_pool_cox", "random"], ["S3"], tmp_path / "whole", n=60, seeds=2, folds=2, cores=1, **SMALL)
+    whole = validate(keys, ["S0"], tmp_path / "whole", n=60, seeds=2, folds=2, cores=1, **SMALL)
     pd.testing.assert_frame_equal(table, whole)
 
 

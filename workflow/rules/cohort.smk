@@ -68,7 +68,7 @@ rule genes:
 
 if encodes_rna(CONFIG):
 
-    rule encode_rna:
+    rule rna:
         input:
             panels=list(PATHS.panels.values()),
             groups=PATHS.groups or [],
@@ -77,16 +77,16 @@ if encodes_rna(CONFIG):
             vectors=PATHS.encoded,
             facts=PATHS.encoded_facts,
         log:
-            PATHS.log("encode_rna"),
+            PATHS.log("rna"),
         conda:
             "../../envs/models.yaml"
         threads: 4
         resources:
             mem_mb=8000,
         params:
-            key=key_of("encode_rna"),
-            code=code_hash("encode_rna"),
+            key=key_of("rna"),
+            code=code_hash("rna"),
         message:
-            "encode_rna: vectors of RNA by a frozen encoder"
+            "rna: vectors of RNA by a frozen encoder"
         shell:
-            "OMP_NUM_THREADS={threads} morphome encode-rna > {log:q} 2>&1"
+            "OMP_NUM_THREADS={threads} morphome rna > {log:q} 2>&1"

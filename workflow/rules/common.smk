@@ -15,7 +15,7 @@ sys.path.insert(0, str(SOURCE))
 from morphome.config import check_config, read_yaml
 from morphome.download.published import published_names
 from morphome.errors import MorphomeError
-from morphome.models.catalog import info
+from morphome.models.catalog import row_needs
 from morphome.paths import PANELS, PUBLISHED, Paths
 from morphome.steps import (
     code_hash,
@@ -125,7 +125,7 @@ def encoded(wildcards):
 
 def encoded_rna(wildcards):
     """The vectors of RNA, for the rows that read them."""
-    needs = info(CONFIG["models"][wildcards.model]["model"]).needs
+    needs = row_needs(CONFIG["models"][wildcards.model])
     return PATHS.encoded if encodes_rna(CONFIG) and "rna" in needs else []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,8 @@ class ModelInfo:
         needs: ``path``, ``omic_groups``, ``omic_all``, ``rna``, ``cnv``, ``mut`` (neural), ``panels``, ``clinical``
             (baselines).
         module, name: of the class.
+        trains_with: what it is given in training only.
+        head: ``hazard`` or ``cox``.
     """
 
     key: str
@@ -34,6 +37,8 @@ class ModelInfo:
     needs: frozenset[str]
     module: str
     name: str
+    trains_with: frozenset[str] = frozenset()
+    head: str = "hazard"
 
     @property
     def kind(self) -> Literal["neural", "baseline"]:
@@ -66,4 +71,18 @@ def info(key: str) -> ModelInfo:
         raise MorphomeError(f"models: '{key}' is not a model", f"choose one of {', '.join(catalog())}")
     row = catalog()[key]
     module, name = row["class"].split(":")
-    return ModelInfo(key, row["title"], row["reference"], frozenset(row["needs"]), module, name)
+    trains_with = frozenset(row.get("trains_with", ()))
+    needs = frozenset(row["needs"])
+    return ModelInfo(key, row["title"], row["reference"], needs, module, name, trains_with, row.get("head", "hazard"))
+
+
+def row_needs(entry: Mapping[str, Any]) -> frozenset[str]:
+    """Everything that training reads for a row of the model table: of its model, and of the teacher if it has one.
+
+    Args:
+        entry: ``model`` and ``training`` of the row.
+    """
+    distil = entry["training"].get("distil") or {}
+    keys = [entry["model"], *([distil["teacher"]] if distil.get("teacher") else [])]
+    needs = frozenset().union(*(info(key).needs | info(key).trains_with for key in keys))
+    return needs | ({"omic_groups"} if distil.get("loss") == "gene_aux" else frozenset())

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from morphome.errors import MorphomeError
-from morphome.rna.registry import FALLBACKS
 
 Arrays = dict[str, np.ndarray]
+KINDS = ("snn_raw", "pca", "pathway_mean")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class FoldRnaEncoder:
             return cls(kind, np.zeros(width), weights, tuple(kept))
         if kind != "pca":
             raise MorphomeError(
-                f"molecular.encoder.name: '{kind}' is not fitted in a fold", f"one of {', '.join(FALLBACKS)}"
+                f"molecular.encoder.name: '{kind}' is not fitted in a fold", f"one of {', '.join(KINDS)}"
             )
         mean = z.mean(axis=0)
         _, size, axes = np.linalg.svd(z - mean, full_matrices=False)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from morphome.errors import MorphomeError
 from morphome.models.batch import Batch
-from morphome.models.fusion import BRANCHES, FusionModel
+from morphome.models.fusion import BRANCHES, Encoded, FusionModel
 from morphome.training.balance import Balance, BranchHeads, make_balance
 from morphome.training.cox_objective import CoxObjective, windows
 from morphome.training.data import FoldData, Outcomes, derive_seed
@@ -27,6 +27,8 @@ from morphome.training.optim import learning_rate, make_optimizer, set_rates
 from morphome.training.resume import Resume
 
 Objective = HazardObjective | CoxObjective
+#: What each branch of an encoded patient says alone, {branch: (1, width)}.
+Watch = Callable[[Encoded], dict[str, Tensor]]
 #: Autocast types by ``training.precision``.
 PRECISIONS = {"bf16": torch.bfloat16}
 
@@ -212,7 +214,7 @@ class Loop:
             extra = extra + self.distiller.loss(output, patient)
         terms["main"] = terms["main"] + extra / n
         if self.distiller is not None and self.distiller.pairwise:
-            terms["main"] = terms["main"] + shared.pairwise[k] * log_risk(output)
+            terms["main"] = terms["main"] + shared.pairwise.get(k, 0.0) * log_risk(output)
         return terms
 
     def _first_pass(self, members: np.ndarray, seeds: Sequence[int]) -> _Shared | None:
@@ -272,11 +274,16 @@ class Loop:
         kind = PRECISIONS.get(self.training["precision"])
         return torch.autocast(self.device.type, dtype=kind or torch.bfloat16, enabled=kind is not None)
 
+    @property
+    def watch(self) -> Watch | None:
+        """Scores of each branch alone; None for a model without branches."""
+        return self.balance.watch if self.balance is not None else None
+
     # -- evaluation -----------------------------------------------------------------------------------------
     @torch.no_grad()
     def evaluate(self, ids: Sequence[str], epoch: int) -> Outputs:
         """Outputs on whole bags, in fp32."""
-        return evaluate(self.name, self.module, self.objective, self.inputs, self.fold, ids, epoch, self.heads)
+        return evaluate(self.name, self.module, self.objective, self.inputs, self.fold, ids, epoch, self.watch)
 
     # -- going on after a kill ------------------------------------------------------------------------------
     def _state(self, choice: EpochChoice, done: Trained) -> dict[str, Any]:
@@ -340,24 +347,24 @@ def evaluate(
     fold: FoldData,
     ids: Sequence[str],
     epoch: int,
-    heads: BranchHeads | None = None,
+    watch: Watch | None = None,
 ) -> Outputs:
-    """What a model says of patients, on whole bags and in fp32; of its branches where heads are given.
+    """What a model says of patients, on whole bags and in fp32; of its branches where somebody watches them.
 
     Raises:
         MorphomeError: a prediction that is not finite; names the patient.
     """
     module.eval()
     found = Outputs(np.empty((len(ids), objective.width)))
-    if heads is not None:
+    if watch is not None:
         found.branches = {u: np.empty_like(found.main) for u in BRANCHES}
     for i, batch in enumerate(ahead(lambda k: inputs.batch(fold, ids[k]), range(len(ids)))):
-        if heads is None:
+        if watch is None:
             output = module(batch)
         else:
             encoded = module.encode(batch)
             output = module.output(encoded)
-            for u, out in heads(encoded.z, detach=True).items():
+            for u, out in watch(encoded).items():
                 found.branches[u][i] = out[0].double().cpu().numpy()
         found.main[i] = output[objective.output][0].double().cpu().numpy()
         role = fold.table.at[ids[i], "role"]

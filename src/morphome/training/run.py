@@ -17,10 +17,10 @@ import pandas as pd
 from threadpoolctl import threadpool_limits
 
 from morphome import __version__
-from morphome.config import schema
 from morphome.errors import MorphomeError, MorphomeWarning
 from morphome.files import read_json, write_json, write_parquet
 from morphome.models.catalog import info
+from morphome.schema import schema
 from morphome.survival import TIED_TOLERANCE
 from morphome.training.checkpoint import load_model, save_model
 from morphome.training.data import FoldData, Outcomes, derive_seed, load_fold

@@ -37,7 +37,7 @@ from morphome.training.data import FoldData, Outcomes, derive_seed
 from morphome.training.diagnostics import diagnostics_table
 from morphome.training.distil import Distiller
 from morphome.training.inputs import Inputs
-from morphome.training.loop import Loop, Objective, Outputs, Trained, evaluate
+from morphome.training.loop import Loop, Objective, Outputs, Trained, Watch, evaluate
 from morphome.training.objective import HazardObjective
 from morphome.training.preprocess import Arrays
 from morphome.training.resume import Resume
@@ -114,7 +114,7 @@ class NeuralModel:
         self.best_epoch: int | None = None
         #: Risks of the branches of a fusion model, of the patients predicted last; while its heads are known.
         self.branch_risks: dict[str, np.ndarray] = {}
-        self._heads: torch.nn.Module | None = None
+        self._watch: Watch | None = None
         self._epochs: list[dict[str, Any]] = []
         self._routing: list[dict[str, Any]] = []
         self._final_routing: list[dict[str, Any]] = []
@@ -135,11 +135,6 @@ class NeuralModel:
             raise MorphomeError(
                 f"model '{self.key}' has no learned tokens for patients without genes",
                 "set training.modality_dropout: 0 for this row",
-            )
-        if training["distil"] and self.needs != {"path"}:
-            raise MorphomeError(
-                f"model '{self.key}' reads more than slides: distillation is for models of slides alone",
-                "take training.distil out of this row",
             )
 
     # -- training -------------------------------------------------------------------------------------------
@@ -176,13 +171,13 @@ class NeuralModel:
                 if finished is not None and trial < finished["trials"]:
                     best = Trained(**finished["best"])
                     continue
-                found, heads = self._trial(fold, train, chosen_on, changes, trial, distiller, resume, best)
+                found, watch = self._trial(fold, train, chosen_on, changes, trial, distiller, resume, best)
                 label = ", ".join(f"{k}={v:g}" for k, v in changes.items())
                 for row in found.epochs:
                     row |= {"setting": label} if changes else {}
                 earlier = best.epochs if best is not None else []
                 if best is None or found.score > best.score:
-                    best, self._heads = found, heads
+                    best, self._watch = found, watch
                     best.epochs = earlier + [row | {"chosen": row["epoch"] == found.epoch} for row in found.epochs]
                     for row in earlier:
                         row["chosen"] = False
@@ -203,12 +198,13 @@ class NeuralModel:
         distiller: Distiller | None,
         resume: Resume,
         best: Trained | None,
-    ) -> tuple[Trained, torch.nn.Module | None]:
+    ) -> tuple[Trained, Watch | None]:
         """Train with one setting of the search; all begin with the same weights."""
         torch.manual_seed(derive_seed(self.seed, "weights"))
         module = build(self.key, self.settings, self.dims).to(self.device)
         if distiller is not None:
-            distiller.build(self._pooled_width(module, fold, train.ids[0]) if distiller.reads_pooled else 0)
+            width = self._pooled_width(module, fold, train.ids[0]) if distiller.reads_pooled else 0
+            distiller.build(width).to(self.device)
         name = f"{self.key} {fold.where}"
         loop = Loop(
             name,
@@ -225,7 +221,7 @@ class NeuralModel:
         finished = {} if best is None else {"finished": {"trials": trial, "best": vars(best)}}
         found = loop.run(resume, {"trial": trial, **finished})
         self.module = module
-        return found, loop.heads
+        return found, loop.watch
 
     @torch.no_grad()
     def _pooled_width(self, module: torch.nn.Module, fold: FoldData, patient: str) -> int:
@@ -301,7 +297,7 @@ class NeuralModel:
     def _evaluate(self, fold: FoldData, ids: Sequence[str], epoch: int) -> Outputs:
         """Outputs on whole bags."""
         name = f"{self.key}, {fold.where}"
-        return evaluate(name, self.module, self.objective, self.inputs, fold, ids, epoch, self._heads)
+        return evaluate(name, self.module, self.objective, self.inputs, fold, ids, epoch, self._watch)
 
     @torch.no_grad()
     def read(

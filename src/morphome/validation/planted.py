@@ -89,12 +89,6 @@ class Design:
                 f"at least 20 patients, {3 * DIMS_PER_KIND} dimensions, {genes} genes",
             )
 
-    @property
-    def name(self) -> str:
-        """Scenario, twist, seed, patients and genes: enough to tell the cohorts of a run apart."""
-        twist = "" if self.twist == "none" else f"-{self.twist}"
-        return f"{self.scenario}{twist}-seed{self.seed}-n{self.n}-g{self.genes}"
-
 
 @dataclass(frozen=True)
 class PlantedCohort:
@@ -361,16 +355,14 @@ def _panels(ids: list[str], z2: np.ndarray, design: Design, rng: np.random.Gener
 
 
 def _groups(design: Design) -> dict[str, list[dict[str, str]]]:
-    """Every gene in one group, mutations and copy number spread over the groups."""
-    members: dict[str, list[dict[str, str]]] = {}
-    for i, group in enumerate(GROUPS):
-        names = {panel: _genes(panel, count) for panel, count in (("mut", design.other), ("cnv", design.other))}
-        rna = _genes("rna", design.genes // len(GROUPS) * len(GROUPS))
-        mine = [("rna", gene) for k, gene in enumerate(rna) if k // (design.genes // len(GROUPS)) == i]
-        mine += [
-            (panel, gene) for panel, genes in names.items() for k, gene in enumerate(genes) if k % len(GROUPS) == i
-        ]
-        members[group] = [{"panel": panel, "gene": gene} for panel, gene in mine]
+    """Every gene in one group; mutations and copy number are dealt out among the groups."""
+    per_group = design.genes // len(GROUPS)
+    members: dict[str, list[dict[str, str]]] = {group: [] for group in GROUPS}
+    for k, gene in enumerate(_genes("rna", per_group * len(GROUPS))):
+        members[GROUPS[k // per_group]].append({"panel": "rna", "gene": gene})
+    for panel in ("mut", "cnv"):
+        for k, gene in enumerate(_genes(panel, design.other)):
+            members[GROUPS[k % len(GROUPS)]].append({"panel": panel, "gene": gene})
     return members
 
 

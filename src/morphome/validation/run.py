@@ -77,13 +77,18 @@ class Fit:
         own, training = settings_of(self.model)
         return {**asdict(self), "settings": own, "training": training, "code": code_hash("train")}
 
+    @property
+    def name(self) -> str:
+        """Of the cohort; unique within a run."""
+        return f"{self.cohort}-seed{self.design.seed}-n{self.design.n}"
+
     def path(self, out: Path) -> Path:
         """File of the predictions."""
-        return out / "fits" / self.model / f"{self.design.name}-{self.scheme}-{self.fold}.parquet"
+        return out / "fits" / self.model / f"{self.name}-{self.scheme}-{self.fold}.parquet"
 
     def files(self, out: Path) -> PlantedFiles:
         """The cohort on disk."""
-        return PlantedFiles(out / "cohorts" / self.design.name)
+        return PlantedFiles(out / "cohorts" / self.name)
 
     def done(self, out: Path) -> bool:
         """Whether the predictions are there and were made with these settings."""
