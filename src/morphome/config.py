@@ -123,7 +123,7 @@ def _resolve_ref(part: Mapping[str, Any]) -> Mapping[str, Any]:
 def _fill(value: Any, part: Mapping[str, Any]) -> None:
     """Fill the defaults of ``part`` into ``value`` in place; absent sections are made when all in them is optional."""
     part = _resolve_ref(part)
-    if part.get("type") != "object" or not isinstance(value, dict):
+    if "object" not in _types(part) or not isinstance(value, dict):
         return
     required = set(part.get("required", ()))
     for key, sub in part.get("properties", {}).items():
@@ -141,12 +141,18 @@ def _fill(value: Any, part: Mapping[str, Any]) -> None:
             _fill(value[key], sub)
 
 
+def _types(part: Mapping[str, Any]) -> list[str]:
+    """The types that a schema allows; an object that may be null has two."""
+    found = part.get("type", [])
+    return [found] if isinstance(found, str) else list(found)
+
+
 def _from_text(text: str, part: Mapping[str, Any]) -> Any:
     """The number or truth value that a text stands for, where the schema asks for one.
 
     YAML 1.1 reads 1e-5 (without a point) as text, and Snakemake hands over nested values of ``--config`` as text.
     """
-    wanted = [option.get("type") for option in (part, *part.get("oneOf", ()))]
+    wanted = [kind for option in (part, *part.get("oneOf", ())) for kind in _types(option)]
     with contextlib.suppress(ValueError):
         if "integer" in wanted:
             return int(text)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 PANELS = ("rna", "mut", "cnv", "expression")
-EVALUATION_TABLES = ("oof", "metrics", "summary", "km", "risk_groups", "comparisons")
+EVALUATION_TABLES = ("oof", "metrics", "summary", "km", "risk_groups", "comparisons", "branches")
 REPORT_TABLES = (
     "model_table",
     "metrics_per_fold",

@@ -25,7 +25,16 @@ from morphome.validation.judge import (
 from morphome.validation.planted import oracle_c
 
 GOOD = {
-    "net": {"S3": 0.85, "X1": 0.72, "S0": 0.51, "mixed": 0.74, "permuted": 0.49, "S4": 0.63, "S4/site": 0.50},
+    "net": {
+        "S3": 0.85,
+        "X1": 0.72,
+        "X1_easy": 0.71,
+        "S0": 0.51,
+        "mixed": 0.74,
+        "permuted": 0.49,
+        "S4": 0.63,
+        "S4/site": 0.50,
+    },
     "bags": {"S3": 0.75, "X1": 0.49, "S0": 0.52, "mixed": 0.51, "permuted": 0.50, "S4": 0.62, "S4/site": 0.47},
     "genes": {"S3": 0.73, "X1": 0.50, "S0": 0.48, "permuted": 0.52},
     "stage": {"S3": 0.66, "X1": 0.53, "S0": 0.50, "permuted": 0.49},
@@ -103,6 +112,8 @@ def test_values_are_means_over_the_seeds(good):
         ({"net_S3": 0.95}, ("net", "S3", "C at most that of the true hazard (97.5 % point)")),
         ({"net_X1": 0.64}, ("net", "X1", "C at least")),
         ({"net_X1": 0.83}, ("net", "X1", "C at most that of the true hazard (97.5 % point)")),
+        ({"net_X1_easy": 0.64}, ("net", "X1_easy", "C at least")),
+        ({"net_X1_easy": 0.83}, ("net", "X1_easy", "C at most that of the true hazard (97.5 % point)")),
         ({"net_S0": 0.60}, ("net", "S0", "C near one half")),
         ({"net_mixed": 0.80}, ("net", "mixed", "C at most that of genes alone plus")),
         ({"net_permuted": 0.40}, ("net", "permuted", "C near one half")),
@@ -185,6 +196,10 @@ def test_the_oracles_limit_narrows_with_seeds():
         ("abmil", "slides"),
         ("mcat", "fusion"),
         ("porpoise", "fusion"),
+        ("late_fusion", "late fusion"),
+        ("ghanet", "slides"),
+        ("deepsurv", "genes"),
+        ("mmp", "fusion"),
     ],
 )
 def test_kinds_of_the_registry(key, kind):

@@ -1,4 +1,4 @@
-"""From the predictions of all runs to six tables: out-of-fold rows, metrics, summary, curves, groups, comparisons.
+"""From the predictions of all runs to tables: out-of-fold rows, metrics, summary, curves, groups, pairs, branches.
 
 The unit is the patient: one row per patient and repeat. A patient whom a model did not score leaves every array of
 that model. What cannot be computed is NaN with a reason.
@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from morphome.errors import MorphomeError, MorphomeWarning
+from morphome.evaluation.branches import branch_table
 from morphome.evaluation.intervals import (
     Interval,
     Weights,
@@ -53,7 +54,7 @@ class Row:
 
 
 def run_evaluate(*, settings: Mapping[str, Any], predictions: Sequence[Path], split_facts: Path, out: Path) -> None:
-    """Write ``oof, metrics, summary, km, risk_groups, comparisons`` (parquet) into ``out``.
+    """Write ``oof, metrics, summary, km, risk_groups, comparisons, branches`` (parquet) into ``out``.
 
     Args:
         settings: ``{"evaluation": {"bootstrap", "seed", …}}``.
@@ -134,6 +135,11 @@ def _fold(path: Path, table: pd.DataFrame, grid: np.ndarray, horizon: float | No
         train_risk=train["risk"].to_numpy(np.float64),
         horizon=horizon,
         horizon_reason=reason,
+        branch_risk={
+            column.removeprefix("risk_"): test[column].to_numpy(np.float64)
+            for column in test
+            if column.startswith("risk_")
+        },
     )
 
 
@@ -180,7 +186,7 @@ def _check_rows(rows: Sequence[Row]) -> list[str]:
 
 
 def evaluate(rows: Sequence[Row], resamples: int, seed: int) -> dict[str, pd.DataFrame]:
-    """The six tables by name; bootstrap weights are shared by all rows and repeats (none with ``resamples`` 0)."""
+    """The tables by name; bootstrap weights are shared by all rows and repeats (none with ``resamples`` 0)."""
     weights = shared_weights(rows, resamples, seed) if resamples else None
     return {
         "oof": pd.concat([_oof(row) for row in rows], ignore_index=True),
@@ -188,6 +194,7 @@ def evaluate(rows: Sequence[Row], resamples: int, seed: int) -> dict[str, pd.Dat
         "summary": pd.DataFrame([s for row in rows for s in summarise(row, weights)]),
         **_group_tables(rows),
         "comparisons": compare(rows, weights),
+        "branches": branch_table(rows, weights),
     }
 
 

@@ -6,7 +6,8 @@ bootstrap only has to reweight (see :mod:`morphome.evaluation.intervals`). Both 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -35,6 +36,7 @@ class FoldPredictions:
         survival: (n, T) S_i(t) on ``grid`` (T,) months.
         train_time, train_event, train_risk: (m,) training patients (inner validation included).
         horizon: τ in months, None without one; horizon_reason says why.
+        branch_risk: risk (n,) that each branch of a fused model gives alone, by branch.
     """
 
     patient_id: np.ndarray
@@ -48,6 +50,7 @@ class FoldPredictions:
     train_risk: np.ndarray
     horizon: float | None
     horizon_reason: str = ""
+    branch_risk: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def only(self, patients: set[str]) -> FoldPredictions:
         """The same fold with these test patients alone."""
@@ -55,6 +58,7 @@ class FoldPredictions:
         if keep.all():
             return self
         parts = {k: getattr(self, k)[keep] for k in ("patient_id", "time", "event", "risk", "survival")}
+        parts["branch_risk"] = {branch: risk[keep] for branch, risk in self.branch_risk.items()}
         return FoldPredictions(**{**self.__dict__, **parts})
 
     @property

@@ -38,18 +38,25 @@ MIXED_EXCESS = 0.04
 S4_DROP, S4_BAND = 0.05, 0.15
 #: Cohorts in which something can be known, and the scenario whose true hazard limits it.
 ORACLES = {"S3": "S3", "X1": "X1", "X1_easy": "X1", "S4": "S4"}
+#: Why a model without slides is not fitted there.
+NOT_TOLD = {"S4": "reads no slides, where the sites show", "mixed": "reads no slides, which are all that changes"}
 COLUMNS = ("model", "kind", "scenario", "check", "value", "bound", "verdict", "reason")
 
 
 def kind_of(row: ModelInfo) -> Kind:
-    """Class of a model by what it reads at prediction; models of clinical columns are "clinical" whatever else."""
+    """Class of a model by what it reads at prediction; models of clinical columns are "clinical" whatever else.
+
+    Late fusion is a class of its own, with clinical columns or without.
+    """
     if not row.needs:
         return "control"
+    if row.key in LATE_FUSION:
+        return "late fusion"
     if "clinical" in row.needs:
         return "clinical"
     slides, genes = "path" in row.needs, bool(row.needs & GENES)
     if slides and genes:
-        return "late fusion" if row.key in LATE_FUSION else "fusion"
+        return "fusion"
     return "slides" if slides else "genes"
 
 
@@ -110,7 +117,11 @@ class _Judge:
             "permuted": (self._permuted,),
             "S4": (self._site_drop, self._site_preserved),
         }
+        fitted = set(self.scores.loc[self.scores["model"] == self.model, "cohort"])
         for cohort in cohorts:
+            if cohort not in fitted:
+                yield self._not(cohort, "every check", NOT_TOLD.get(cohort, "not fitted on this cohort"))
+                continue
             for check in checks[cohort]:
                 yield check()
             if cohort in ORACLES:
@@ -203,9 +214,8 @@ class _Judge:
         check, (value, problem) = "C at most that of genes alone plus", self._value("mixed")
         if self.kind == "slides":
             return self._null("mixed", "C near one half", value, problem, NULL_BAND)
-        if self.kind not in ("fusion", "late fusion"):
-            return self._not("mixed", check, "reads no slides")
-        best, name = self._best(("genes",))
+        # Late fusion may read clinical columns, which stay right.
+        best, name = self._best(("genes", "clinical") if self.kind == "late fusion" else ("genes",))
         if not name:
             return self._not("mixed", check, "no model of genes alone was run in S3", value)
         row = self._most("mixed", check, value - best, MIXED_EXCESS + slack(self.n, self.seeds), problem)
@@ -214,22 +224,16 @@ class _Judge:
 
     def _site_drop(self) -> dict[str, object]:
         check = "C of random folds above that of whole sites by"
-        if self.kind not in ("fusion", "late fusion", "slides"):
-            return self._not("S4", check, "reads no slides, where the sites show")
         (random, one), (preserved, two) = self._value("S4"), self._value("S4", "site")
         return self._least("S4", check, random - preserved, S4_DROP - slack(self.n, self.seeds), one or two)
 
     def _site_preserved(self) -> dict[str, object]:
         check = "C of whole sites near one half"
-        if self.kind not in ("fusion", "late fusion", "slides"):
-            return self._not("S4", check, "reads no slides, where the sites show")
         return self._null("S4", check, *self._value("S4", "site"), S4_BAND)
 
     def _oracle(self, cohort: str) -> dict[str, object]:
         check = "C at most that of the true hazard (97.5 % point)"
         value, problem = self._value(cohort)
-        if math.isnan(value) and not problem:
-            return self._not(cohort, check, "not fitted here")
         return self._most(cohort, check, value, oracle_limit(ORACLES[cohort], self.n, self.seeds, self.folds), problem)
 
 

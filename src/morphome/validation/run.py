@@ -35,8 +35,8 @@ from morphome.validation.judge import Kind, judge, kind_of, markdown
 from morphome.validation.planted import Design, PlantedFiles, plant, stratified_c
 from morphome.validation.settings import settings_of
 
-#: The same truth in fewer columns: of 28 molecular ones 20 carry z2, and every dimension of a patch tells its kind.
-EASY = {"genes": 24, "loaded": (5, 4), "other": 2, "dim": 12}
+#: The same truth in fewer columns: of 28 molecular ones 24 carry z2, and a patch tells its kind without noise columns.
+EASY = {"genes": 24, "loaded": (6, 4), "other": 2, "dim": 12, "shift": 4.0}
 #: Name on the command line -> what its design is made of. Folds are random, in S4 also of whole sites.
 COHORTS: dict[str, dict[str, Any]] = {
     "S3": {"scenario": "S3"},
