@@ -4,7 +4,7 @@ VENV := .venv
 CORES ?= all
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint env clean
+.PHONY: demo test lint validate env clean
 
 demo: $(READY)
 	$(VENV)/bin/snakemake --cores $(CORES)
@@ -18,6 +18,10 @@ lint: $(READY)
 	$(VENV)/bin/ruff format --check src tests
 	$(VENV)/bin/snakefmt --check Snakefile workflow
 	$(VENV)/bin/snakemake --lint
+
+# Nightly: every model on planted cohorts whose truth is known. Hours; a killed run goes on.
+validate: $(READY)
+	$(VENV)/bin/python -m morphome validate results/validation --cores $$(nproc) --strict
 
 env: $(READY)
 

@@ -125,6 +125,13 @@ def test_values_of_the_command_line_are_texts_and_mean_numbers(demo):
     assert check_config(demo)["evaluation"]["horizon_months"] == "auto"
 
 
+def test_an_anchor_of_yaml_stands_for_two_mappings(demo):
+    """Each place has defaults of its own: values are log2_tpm of RNA and counts of expression."""
+    demo["molecular"]["expression"] = demo["molecular"]["rna"]
+    molecular = check_config(demo)["molecular"]
+    assert (molecular["rna"]["values"], molecular["expression"]["values"]) == ("log2_tpm", "counts")
+
+
 def test_a_wrong_training_value_is_one_line(demo):
     demo["training"]["epochs"] = 0
     assert refused(demo).count("training.epochs") == 1
@@ -185,3 +192,176 @@ def test_what_the_gdc_and_the_tables_cannot_mean_is_refused(change, words, monke
         check_config({**config, **change})
     assert words in str(caught.value)
     assert "Remedy" in str(caught.value)
+
+
+_ALONE = {"models": {"path_gptomic": None}}
+
+
+def _taught(**distil):
+    return {"models": {"abmil": {"training": {"distil": distil}}}}
+
+
+#: What a user may get wrong in molecular.encoder and in the training of a row: the change, and words of the message.
+_MISTAKES = [
+    # -- the encoder of RNA
+    ({"encoder": "scgpt"}, ["molecular.encoder", "type object"]),
+    ({"encoder": {}}, ["molecular.encoder: 'name' is missing"]),
+    ({"encoder": {"name": "scGPT"}}, ["molecular.encoder.name", "'scgpt'"]),
+    ({"encoder": {"name": "scgpt", "weight": "w"}}, ["molecular.encoder.weight", "did you mean 'weights'"]),
+    ({"encoder": {"name": "scgpt"}}, ["the folder", "scgpt does not exist", "molecular.encoder.weights", "on_missing"]),
+    ({"encoder": {"name": "scgpt", "weights": "half"}}, ["half holds no vocab.json", "put them there"]),
+    ({"encoder": {"name": "scgpt", "on_missing": "stop"}}, ["molecular.encoder.on_missing", "'skip'"]),
+    ({"encoder": {"name": "scgpt", "on_missing": "fallback", "fallback": "scgpt"}}, ["encoder.fallback", "'pca'"]),
+    ({"encoder": {"name": "precomputed"}}, ["needs a table of embeddings", "set molecular.encoder.path"]),
+    ({"encoder": {"name": "precomputed", "path": "no.csv"}}, ["no.csv (molecular.encoder.path) does not exist"]),
+    ({"encoder": {"name": "scgpt", "weights": "full", "panel_size": 1}}, ["molecular.encoder.panel_size", "minimum"]),
+    ({"encoder": {"name": "scgpt", "weights": "full", "cells": {"path": "c.h5ad"}}}, ["encoder.cells.path) does not"]),
+    (
+        {"encoder": {"name": "scgpt", "weights": "full", "cells": {"mixing": "all"}}},
+        ["encoder.cells.mixing", "'pairs'"],
+    ),
+    (
+        {"encoder": {"name": "scgpt", "weights": "full", "genes": "families"}, "groups": None, **_ALONE},
+        ["encoder.genes: families"],
+    ),
+    ({"encoder": {"name": "scgpt", "weights": "full"}, "expression": None}, ["scgpt needs molecular.expression"]),
+    ({"encoder": {"name": "pathway_mean"}, "groups": None, **_ALONE}, ["pathway_mean needs molecular.groups"]),
+    ({"encoder": {"name": "pca", "components": 0}}, ["molecular.encoder.components", "minimum"]),
+    ({"rna": None}, ["models.path_gptomic: the encoder snn_raw needs molecular.rna"]),
+    (
+        {"encoder": {"name": "scgpt", "on_missing": "skip"}, "models": {"path_gptomic": None}},
+        ["models: every row needs the encoder", "on_missing: fallback"],
+    ),
+    # -- the published protocol
+    ({"mcat": {"protocol": "optimistic"}}, ["models.mcat.training.protocol", "'published'"]),
+    ({"mcat": {"epoch_rule": "oracle_outer_best"}}, ["models.mcat.training.epoch_rule", "does not go with", "honest"]),
+    ({"mcat": {"protocol": "published", "epoch_rule": "inner_best"}}, ["epoch_rule: inner_best", "published takes"]),
+    ({"mcat": {"protocol": "published", "search": {"learning_rate": [0.1]}}}, ["training.search", "reported fold"]),
+    ({"random": {"protocol": "published"}}, ["models.random.training.protocol: random is a baseline"]),
+    (
+        {"models": {"mcat": {"training": {"protocol": "published"}}}},
+        ["every row has protocol published", "clinical_cox"],
+    ),
+    ({"mcat": "published"}, ["models.mcat.training: 'published' is no mapping"]),
+    # -- teachers
+    ({"mcat": {"distil": {"teacher": "mome"}}}, ["models.mcat.training.distil: mcat is no network of slides alone"]),
+    ({"abmil": {"distil": {}}}, ["models.abmil.training.distil.teacher: missing", "mcat"]),
+    ({"abmil": {"distil": "mcat"}}, ["models.abmil.training.distil", "type object or null"]),
+    ({"abmil": {"distil": {"techer": "mcat"}}}, ["distil.techer: unknown key (did you mean 'teacher'?)"]),
+    ({"abmil": {"distil": {"teacher": "mact"}}}, ["no model 'mact' (did you mean 'mcat'?)"]),
+    ({"abmil": {"distil": {"teacher": "random"}}}, ["distil.teacher: random is no network"]),
+    ({"abmil": {"distil": {"teacher": "mcat", "settings": {"dims": 8}}}}, ["distil.settings.dims", "'dim'"]),
+    ({"abmil": {"distil": {"teacher": "path_gptomic"}}}, ["distil.loss: kd_logit compares", "kd_risk_rank"]),
+    ({"abmil": {"distil": {"teacher": "mcat", "folds": 1}}}, ["training.distil.folds", "minimum"]),
+    ({"abmil": {"distil": {"teacher": "mcat", "loss": "gene_aux"}}}, ["distil.teacher: gene_aux has no teacher"]),
+    ({**_taught(teacher="mcat"), "groups": None}, ["models.abmil: needs molecular.groups"]),
+    ({**_taught(loss="gene_aux"), "groups": None}, ["models.abmil: needs molecular.groups"]),
+    ({"abmil": {"distil": {"teacher": "mcat"}, "protocol": "published"}}, ["distil: does not go with protocol"]),
+    # -- balance, missing genes
+    ({"mcat": {"balance": {"rule": "ogm"}}}, ["models.mcat.training.balance.rule", "'ogm_cox'"]),
+    ({"mcat": {"balance": {"rule": "dgl", "alpha": 1}}}, ["alpha means nothing for the rule 'dgl'", "start_epoch"]),
+    ({"mcat": {"balance": {"alpha": 0.5}}}, ["alpha means nothing for the rule 'none'"]),
+    ({"mcat": {"balance": {"rule": "agm", "start_epoch": 5, "end_epoch": 2}}}, ["end_epoch 2 lies before"]),
+    ({"mcat": {"balance": {"rule": "agm", "strength": 2}}}, ["training.balance.strength: unknown key"]),
+    ({"abmil": {"balance": {"rule": "agm"}}}, ["models.abmil.training.balance: abmil has no branches"]),
+    ({"training": {"balance": {"rule": "agm", "gamma": 1}}}, ["training.balance: gamma means nothing"]),
+    ({"abmil": {"modality_dropout": 0.2}}, ["models.abmil.training.modality_dropout", "take it out"]),
+    ({"mcat": {"modality_dropout": 1}}, ["models.mcat.training.modality_dropout", "1"]),
+]
+
+
+@pytest.fixture
+def rows(monkeypatch, tmp_path):
+    """A configuration of a small cohort of one's own, with some of it changed: tables, encoder, training of rows."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MORPHOME_WEIGHTS", str(tmp_path / "weights"))
+    for name in ("full/args.json", "full/vocab.json", "full/best_model.pt", "half/args.json", "half/best_model.pt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / "x.csv").write_text("patient_id")
+
+    def make(**change):
+        table = {"format": "csv", "path": "x.csv"}
+        molecular = {"rna": table, "expression": table, "groups": {"path": "x.csv"}}
+        molecular |= {key: change.pop(key) for key in ("rna", "expression", "groups", "encoder") if key in change}
+        models = {"random": None, "abmil": None, "mcat": None, "path_gptomic": None}
+        models = change.pop("models", models)
+        config = {"name": "own", "training": change.pop("training", {})}
+        models |= {name: {"training": training} for name, training in change.items()}
+        return {
+            **config,
+            "cohort": {"clinical": table},
+            "slides": {"sheet": "x.csv"},
+            "molecular": {key: part for key, part in molecular.items() if part is not None},
+            "models": models,
+        }
+
+    return make
+
+
+@pytest.mark.parametrize(("change", "words"), _MISTAKES)
+def test_a_mistake_in_the_encoder_or_in_the_training_of_a_row_is_named(rows, change, words):
+    message = refused(rows(**change))
+    for word in [*words, "Remedy"]:
+        assert word in message
+    assert message.count("Remedy") == 1
+
+
+def test_the_rows_without_mistakes_are_accepted_and_stay_as_they_are(rows):
+    config = rows(
+        encoder={"name": "scgpt", "weights": "full"},
+        mcat={"protocol": "published", "epoch_rule": "oracle_outer_best"},
+        abmil={"distil": {"teacher": "mcat", "settings": {"dim": 8}, "folds": 2}},
+        path_gptomic={"balance": {"rule": "ogm_cox", "alpha": 0.5}, "modality_dropout": 0.2},
+    )
+    full = check_config(config)
+    distil = full["models"]["abmil"]["training"]["distil"]
+    assert (distil["weight"], distil["folds"], distil["loss"]) == (1.0, 2, "kd_logit")
+    assert distil["settings"] == {**full["models"]["mcat"]["settings"], "dim": 8}
+    assert full["models"]["path_gptomic"]["training"]["balance"] == {"rule": "ogm_cox", "alpha": 0.5}
+    assert full["molecular"]["encoder"]["requested"] == full["molecular"]["encoder"]["name"] == "scgpt"
+    written = {
+        name: {"model": row["model"], "training": row["training"], **row["settings"]}
+        for name, row in full["models"].items()
+    }
+    assert check_config({**full, "models": written}) == full
+
+
+def test_what_a_model_cannot_have_it_does_not_take_from_the_section_for_all(rows):
+    section = {"balance": {"rule": "agm"}, "modality_dropout": 0.2, "distil": {"teacher": "mcat"}}
+    section["search"] = {"learning_rate": [0.1, 0.2]}
+    config = rows(training=section)
+    config["models"]["mcat_published"] = {"model": "mcat", "training": {"protocol": "published"}}
+    training = {name: row["training"] for name, row in check_config(config)["models"].items()}
+    assert training["mcat"]["balance"] == {"rule": "agm"} and training["mcat"]["modality_dropout"] == 0.2
+    assert training["mcat"]["distil"] is None and training["abmil"]["distil"]["teacher"] == "mcat"
+    assert training["abmil"]["balance"] == {"rule": "none"} and training["abmil"]["modality_dropout"] == 0
+    plain = training["mcat_published"]
+    assert (plain["balance"], plain["modality_dropout"], plain["distil"]) == ({"rule": "none"}, 0, None)
+    assert plain["search"] == {"learning_rate": [], "weight_decay": []}
+
+
+def test_fusion_models_are_those_with_slides_and_genes():
+    from morphome.config_rows import is_fused
+    from morphome.models.catalog import models
+    from morphome.models.fusion import FusionModel
+
+    for key, model in models().items():
+        if model.kind == "neural":
+            fused = issubclass(model.load(), FusionModel)
+            assert is_fused(key) == fused == ("missing_omic" in model.load().supports), key
+
+
+def test_an_encoder_that_nobody_reads_need_not_be_there(rows):
+    config = rows(encoder={"name": "scgpt"})
+    del config["models"]["path_gptomic"]
+    assert "requested" not in check_config(config)["molecular"]["encoder"]
+
+
+@pytest.mark.parametrize(("on_missing", "name", "left"), [("fallback", "pca", []), ("skip", "scgpt", ["path_gptomic"])])
+def test_an_encoder_that_is_not_there_is_replaced_or_its_rows_left_out(rows, on_missing, name, left):
+    full = check_config(rows(encoder={"name": "scgpt", "weights": "half", "on_missing": on_missing}))
+    section = full["molecular"]["encoder"]
+    assert (section["requested"], section["name"], section.get("left_out", [])) == ("scgpt", name, left)
+    assert "half holds no vocab.json" in section["reason"]
+    assert ("path_gptomic" in full["models"]) == (not left)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from morphome.config import check_config, load_config
-from morphome.steps import STEPS, _closure, code_hash, step_key, step_settings, write_resolved
+from morphome.steps import STEPS, _closure, code_hash, step_key, step_settings, train_code_hash, write_resolved
 
 
 @pytest.fixture
@@ -81,6 +81,55 @@ def test_settings_outside_a_step_are_not_handed_over(config):
     full = check_config(config)
     assert step_settings(full, "tile", slide="A") == {"tiling": full["tiling"], "slides": {"reader": "auto"}}
     assert set(step_settings(full, "train", model="mome")) == {"model"}
+
+
+@pytest.fixture
+def taught(config):
+    """Rows with a teacher, with an encoder of RNA, and of the published protocol."""
+    distil = {"teacher": "mcat", "settings": {"dim": 16}}
+    own = {
+        "abmil_taught": {"model": "abmil", "training": {"distil": distil}},
+        "mcat": None,
+        "mcat_published": {"model": "mcat", "training": {"protocol": "published"}},
+        "path_gptomic": None,
+    }
+    encoder = {"name": "pca", "components": 8}
+    with_encoder = {**config, "molecular": {**config["molecular"], "encoder": encoder}}
+    return changed(with_encoder, "models", **own)
+
+
+def encoder_changed(config, **values):
+    molecular = config["molecular"]
+    return {**config, "molecular": {**molecular, "encoder": {**molecular["encoder"], **values}}}
+
+
+def test_an_encoder_touches_the_rows_that_read_rna_and_no_table(taught):
+    rows = ("abmil", "mcat", "path_gptomic")
+    after = encoder_changed(taught, components=4)
+    assert keys_that_changed(taught, after, models=rows) == {"rna", "train path_gptomic", "report"}
+    # What a frozen encoder does is seen in its vectors, which are a file.
+    after = encoder_changed(taught, panel_size=100)
+    assert keys_that_changed(taught, after, models=rows) == {"rna", "report"}
+    # What would be done without its files is no reason to encode again.
+    after = encoder_changed(taught, on_missing="fallback", fallback="snn_raw")
+    assert keys_that_changed(taught, after, models=rows) == {"report"}
+
+
+def test_a_teachers_setting_touches_its_student_alone(taught):
+    rows = ("abmil", "abmil_taught", "mcat", "mcat_published")
+    distil = {"teacher": "mcat", "settings": {"dim": 32}}
+    after = changed(taught, "models", abmil_taught={"model": "abmil", "training": {"distil": distil}})
+    assert keys_that_changed(taught, after, models=rows) == {"train abmil_taught", "report"}
+
+
+def test_the_code_of_a_row_is_that_of_its_model_and_of_its_teacher(taught):
+    full = check_config(taught)
+    codes = {name: train_code_hash(full, name) for name in full["models"]}
+    assert codes["mcat"] == codes["mcat_published"] == code_hash("train", "mcat")
+    assert codes["abmil_taught"] == code_hash("train", "abmil", "mcat") != codes["abmil"]
+    assert "mcat.py" in {path.name for path in _closure("morphome.models.mcat")}
+    for module in ("morphome.models.abmil", "morphome.models.path_gptomic", STEPS["train"].module):
+        assert "mcat.py" not in {path.name for path in _closure(module)}
 
 
 @pytest.mark.parametrize("step", STEPS)

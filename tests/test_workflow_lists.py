@@ -9,7 +9,17 @@ import yaml
 
 from morphome.config import check_config
 from morphome.errors import MorphomeError
-from morphome.workflow import fetched_weights, gdc_kinds, molecular_files, slide_jobs, slide_paths, slides_from_gdc
+from morphome.workflow import (
+    encodes_rna,
+    fetched_weights,
+    gdc_kinds,
+    molecular_files,
+    rna_files,
+    rna_substitution,
+    slide_jobs,
+    slide_paths,
+    slides_from_gdc,
+)
 
 
 @pytest.fixture
@@ -79,3 +89,31 @@ def test_slides_of_the_gdc_need_not_be_there_yet(preset):
 def test_groups_of_slides(preset):
     config = preset(slides={**preset()["slides"], "per_job": 3})
     assert slide_jobs(config, list("abcdefg")) == [["a", "b", "c"], ["d", "e", "f"], ["g"]]
+
+
+def test_a_step_of_its_own_encodes_rna_where_a_row_reads_a_frozen_encoder(preset, tmp_path):
+    for name in ("args.json", "vocab.json", "model.safetensors"):
+        (tmp_path / name).write_text("x")
+    tables = preset()["molecular"]
+    tables = {key: table for key, table in tables.items() if key != "encoder"}
+    tables["expression"] = {"format": "star_counts", "path": "{gdc_files}"}
+    scgpt = {"name": "scgpt", "weights": str(tmp_path)}
+
+    def checked(encoder, **models):
+        return preset(molecular={**tables, "encoder": encoder}, models={"random": None, **models})
+
+    config = checked(scgpt, path_gptomic=None)
+    assert encodes_rna(config)
+    assert {path.name for path in rna_files(config)} == {"args.json", "vocab.json", "model.safetensors"}
+    assert not encodes_rna(checked(scgpt, mcat=None))
+    assert not encodes_rna(checked({"name": "pca"}, path_gptomic=None))
+    gone = {**scgpt, "weights": str(tmp_path / "nothing")}
+    replaced = checked({**gone, "on_missing": "fallback"}, path_gptomic=None)
+    assert not encodes_rna(replaced) and rna_substitution(replaced).startswith("RNA encoder pca in place of scgpt (the")
+    skipped = checked({**gone, "on_missing": "skip"}, path_gptomic=None)
+    assert not encodes_rna(skipped) and list(skipped["models"]) == ["random"]
+    assert rna_substitution(skipped).startswith("left out without the RNA encoder scgpt: path_gptomic (the files")
+    assert rna_substitution(config) == rna_substitution(preset()) == ""
+    # A student reads what its teacher reads.
+    distil = {"teacher": "path_gptomic", "loss": "kd_risk_rank"}
+    assert encodes_rna(checked(scgpt, abmil={"training": {"distil": distil}}))

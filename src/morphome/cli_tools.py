@@ -164,6 +164,26 @@ def bench_store(
     _print_json(bench_store(folder, tiles=tiles, dim=dim, rounds=rounds))
 
 
+@_register(bench, "train")
+def bench_train(
+    model: Annotated[str, typer.Argument(help="Model key.")] = "mome",
+    patients: Annotated[int, typer.Option(min=12, help="Patients of an epoch.")] = 300,
+    bag: Annotated[int, typer.Option(min=1, help="Patches of each.")] = 4096,
+    dim: Annotated[int, typer.Option(min=1, help="Values of a patch.")] = 1024,
+    rounds: Rounds = 3,
+    precision: Annotated[str, typer.Option(help="Of our loop: fp32 or bf16; the plain loop is in fp32.")] = "fp32",
+    timed: Annotated[int | None, typer.Option(min=1, help="Patients of a round; 8 to 32 by the size of a bag.")] = None,
+    settings: Annotated[str, typer.Option(help='Of the model for both, as JSON: \'{"router": "frozen"}\'.')] = "{}",
+    threads: Threads = 1,
+) -> None:
+    """Seconds of an epoch and peak of memory, against a plain fp32 loop over the same patients."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is loaded
+    from morphome.bench.train import bench_train, read_settings
+
+    sizes = {"patients": patients, "bag": bag, "dim": dim, "rounds": rounds, "timed": timed, "threads": threads}
+    _print_json(bench_train(model, precision=precision, settings=read_settings(settings), **sizes))
+
+
 def _chosen(keys: list[str] | None, config: Path) -> tuple[list[str], Mapping[str, Any] | None]:
     """Encoders asked for and the configuration's section of features, where there is a configuration."""
     section = Run(config).config["features"] if config.exists() or not keys else None

@@ -15,12 +15,14 @@ from typing import Any
 import jsonschema
 import yaml
 
+from morphome.config_rows import inherited, rna_problems, row_problems
 from morphome.errors import MorphomeError
 from morphome.features.fit import encoder_problems
-from morphome.models.catalog import catalog, info, row_needs
+from morphome.models.catalog import info, row_needs
 from morphome.paths import PANELS, PUBLISHED, Paths
 from morphome.rna.registry import FROZEN, resolve
 from morphome.schema import schema
+from morphome.training.balance_settings import balance_problem
 
 #: Keys of a molecular table that only some formats read.
 _KEYS_OF_FORMATS = {
@@ -86,7 +88,7 @@ def check_config(config: Mapping[str, Any], files: bool = True) -> dict[str, Any
     Raises:
         MorphomeError: naming the key or file and the remedy, one line per problem.
     """
-    full = copy.deepcopy(dict(config))
+    full = _unshared(config)
     _fill(full, schema())
     problems = [_explain(error) for error in _validator(schema()).iter_errors(full)]
     if isinstance(full.get("models"), dict) and isinstance(full.get("training"), dict):
@@ -104,6 +106,13 @@ def check_config(config: Mapping[str, Any], files: bool = True) -> dict[str, Any
     if problems:
         raise MorphomeError("configuration: " + "\n  ".join(problems))
     return full
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which a mapping that stands in two places (a YAML anchor) is two, each with defaults of its own."""
+    if isinstance(value, Mapping):
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 
 def _validator(part: Mapping[str, Any]) -> jsonschema.Draft202012Validator:
@@ -173,14 +182,22 @@ def _resolve_models(full: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
         entry = dict(given or {})
         key = entry.pop("model", name)
         own = entry.pop("training", None) or {}
-        training = {**full["training"], **own}
         if key not in known:
             problems.append(
                 f"models.{name}: there is no model '{key}'{_nearest(key, known)}; known: {', '.join(known)}"
             )
             continue
-        if known[key]["class"].startswith("morphome.training."):
-            training["protocol"] = "honest"  # a baseline has none but its own
+        if not isinstance(own, dict):
+            problems.append(f"models.{name}.training: {own!r} is no mapping. Remedy: {{epochs: 10}} or the like")
+            continue
+        training = {**inherited(full["training"], key, own), **own}
+        if info(key).kind == "baseline":
+            if own.get("protocol") == "published":
+                problems.append(
+                    f"models.{name}.training.protocol: {key} is a baseline, which has no published protocol. "
+                    "Remedy: take it out of this row"
+                )
+            training["protocol"] = "honest"
         if training.get("protocol") == "published":
             # What the row says stands before what the original code did, and that before the section for all.
             original = known[key].get("published", {})
@@ -190,6 +207,11 @@ def _resolve_models(full: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
         _fill(training, schema()["$defs"]["training"])
         checks = [(f"models.{name}", entry, known[key])]
         distil = training.get("distil")
+        if isinstance(distil, dict) and isinstance(distil.get("teacher"), str) and distil["teacher"] not in known:
+            problems.append(
+                f"models.{name}.training.distil.teacher: there is no model '{distil['teacher']}'"
+                f"{_nearest(distil['teacher'], known)}. Remedy: mcat, mome or another network of morphome models"
+            )
         if isinstance(distil, dict) and distil.get("teacher") in known and isinstance(distil.get("settings"), dict):
             _fill(distil["settings"], known[distil["teacher"]])
             checks.append((f"models.{name}.training.distil.settings", distil["settings"], known[distil["teacher"]]))
@@ -207,7 +229,8 @@ def _resolve_encoder(full: dict[str, Any]) -> list[str]:
     ``name`` becomes the encoder used, ``requested`` the one asked for. Rows that need one go when it is skipped.
     """
     section = full["molecular"]["encoder"]
-    if "requested" in section:
+    readers = [name for name, row in full["models"].items() if "rna" in row_needs(row)]
+    if "requested" in section or not readers:
         return []
     try:
         found = resolve(section)
@@ -217,8 +240,14 @@ def _resolve_encoder(full: dict[str, Any]) -> list[str]:
     if found.used is not None:
         section["name"] = found.used
         return []
-    full["models"] = {name: row for name, row in full["models"].items() if "rna" not in row_needs(row)}
-    return [] if full["models"] else [f"models: every row needs the encoder that is skipped. Remedy: {found.reason}"]
+    section["left_out"] = readers
+    full["models"] = {name: row for name, row in full["models"].items() if name not in readers}
+    if full["models"]:
+        return []
+    return [
+        f"models: every row needs the encoder of RNA that is skipped ({found.reason}). "
+        "Remedy: add a row that needs none, or set molecular.encoder.on_missing: fallback"
+    ]
 
 
 def _contradictions(full: Mapping[str, Any]) -> list[str]:
@@ -290,8 +319,16 @@ def _contradictions(full: Mapping[str, Any]) -> list[str]:
         )
     if "simulate" in full and full["simulate"]["tiles_min"] > full["simulate"]["tiles_max"]:
         problems.append("simulate.tiles_min: larger than simulate.tiles_max. Remedy: swap them")
+    problems += rna_problems(molecular)
+    if problem := balance_problem(full["training"]["balance"]):
+        problems.append(f"training.balance{problem[0]}. Remedy: {problem[1]}")
+    if all(entry["training"]["protocol"] == "published" for entry in full["models"].values()):
+        problems.append(
+            "models: every row has protocol published, and a report needs an honest one. "
+            "Remedy: add a row with protocol honest, for example clinical_cox"
+        )
     for name, entry in full["models"].items():
-        problems += _distil_problems(name, entry)
+        problems += row_problems(name, entry, full["training"])
         needs = row_needs(entry)
         if "path" in needs and "wsi" not in full["cohort"]["require"]:
             problems.append(
@@ -302,12 +339,6 @@ def _contradictions(full: Mapping[str, Any]) -> list[str]:
             problems.append(
                 f"models.{name}: needs molecular columns, and no table is configured. "
                 "Remedy: add molecular.rna, .mut or .cnv, or take the model out"
-            )
-        published, rule = entry["training"]["protocol"] == "published", entry["training"]["epoch_rule"]
-        if (rule == "oracle_outer_best") > published or (rule == "inner_best" and published):
-            problems.append(
-                f"models.{name}.training.epoch_rule: {rule} does not go with protocol {entry['training']['protocol']}. "
-                "Remedy: honest takes inner_best or last, published takes last or oracle_outer_best"
             )
         encoder = molecular.get("encoder", {}).get("name", "snn_raw")
         wants = {"scgpt": ["expression"], "bulkrnabert": ["expression"], "pathway_mean": ["rna", "groups"]}
@@ -325,25 +356,6 @@ def _contradictions(full: Mapping[str, Any]) -> list[str]:
                     f"Remedy: add molecular.{need} or take the model out"
                 )
     return problems
-
-
-def _distil_problems(name: str, entry: Mapping[str, Any]) -> list[str]:
-    """What a student and its teacher must be."""
-    distil, key = entry["training"]["distil"], f"models.{name}.training.distil"
-    if not distil:
-        return []
-    if info(entry["model"]).needs != {"path"} or info(entry["model"]).kind != "neural":
-        return [f"{key}: {entry['model']} is no network of slides alone. Remedy: take distil out of this row"]
-    if entry["training"]["protocol"] == "published":
-        return [f"{key}: does not go with protocol published. Remedy: protocol honest"]
-    teacher = distil["teacher"]
-    if distil["loss"] == "gene_aux":
-        return []
-    if teacher not in catalog() or info(teacher).kind != "neural":
-        return [f"{key}.teacher: {teacher} is no network. Remedy: mcat, mome or another network of morphome models"]
-    if distil["loss"] == "kd_logit" and "cox" in (info(entry["model"]).head, info(teacher).head):
-        return [f"{key}.loss: kd_logit compares time bins, which a Cox head has not. Remedy: kd_risk_rank"]
-    return []
 
 
 def named_files(full: Mapping[str, Any]) -> dict[str, Path]:
@@ -440,7 +452,9 @@ def _explain(error: jsonschema.ValidationError, prefix: str = "") -> str:
     hint = error.schema.get("description", "")
     allowed = f"one of {error.schema['enum']}" if "enum" in error.schema else hint
     if error.validator == "type":
-        allowed = f"give a value of type {error.validator_value}" + (f" ({hint})" if hint else "")
+        kinds = error.validator_value
+        kinds = kinds if isinstance(kinds, str) else " or ".join(kinds)
+        allowed = f"give a value of type {kinds}" + (f" ({hint})" if hint else "")
     return f"{key}: {error.message}. Remedy: {allowed or 'give a value that the schema allows'}"
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from morphome.files import check_stamp, read_stamp, settings_hash, write_text
 from morphome.models.catalog import info, row_needs
 from morphome.paths import PANELS, Paths
+from morphome.rna.registry import FALLBACKS, ON_MISSING
 
 PACKAGE = Path(__file__).parent
 
@@ -88,7 +89,8 @@ def step_settings(
     """
     if step == "train":
         entry = config["models"][model]
-        encoder = config["molecular"].get("encoder", {})
+        # Of a frozen encoder training reads the vectors, not how they were made.
+        encoder = {k: v for k, v in config["molecular"].get("encoder", {}).items() if k in ("name", "components")}
         return {"model": entry, **({"encoder": encoder} if "rna" in row_needs(entry) else {})}
     keys = STEPS[step].keys
     if keys == ("*",):
@@ -96,6 +98,10 @@ def step_settings(
     chosen: dict[str, Any] = {}
     for key in keys:
         _copy(config, chosen, key.split("."))
+    if step == "rna" and "encoder" in chosen["molecular"]:
+        # The files are there: what would have been done without them is no reason to encode again.
+        plain = {"on_missing": ON_MISSING[0], "fallback": FALLBACKS[0]}
+        chosen["molecular"] = {"encoder": {**chosen["molecular"]["encoder"], **plain}}
     if slide is not None and "tiling" in chosen:
         overrides = chosen["tiling"]["mpp_overrides"]
         mine = {slide: overrides[slide]} if slide in overrides else {}

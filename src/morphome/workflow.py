@@ -107,6 +107,16 @@ def encodes_rna(config: Mapping[str, Any]) -> bool:
     return used and any("rna" in row_needs(row) for row in config["models"].values())
 
 
+def rna_substitution(config: Mapping[str, Any]) -> str:
+    """What becomes of the rows that read RNA when their encoder is not there; empty when it is."""
+    section = config["molecular"].get("encoder", {})
+    if gone := section.get("left_out"):
+        return f"left out without the RNA encoder {section['requested']}: {', '.join(gone)} ({section['reason']})"
+    if section.get("requested", section.get("name")) != section.get("name"):
+        return f"RNA encoder {section['name']} in place of {section['requested']} ({section['reason']})"
+    return ""
+
+
 def rna_files(config: Mapping[str, Any]) -> list[Path]:
     """What the encoder of RNA reads beside the molecular tables: its weights, single cells or a table of vectors."""
     return list(resolve(config["molecular"]["encoder"]).files)

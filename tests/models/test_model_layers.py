@@ -107,3 +107,28 @@ def test_trans_layer_is_a_weighted_residual(norm, extra):
     x = torch.randn(5, 16)
     torch.testing.assert_close(layer(x), 1.7595671 * x + layer.attention(layer.norm(x)[None])[0], atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(layer(x, keep=(1, 3)), layer(x)[1:3], atol=1e-6, rtol=1e-6)
+
+
+def test_rms_norm_has_the_gradients_of_its_formula():
+    generator = torch.Generator().manual_seed(2)
+    norm = layers.RMSNorm(6).double()
+    with torch.no_grad():
+        norm.weight.copy_(torch.rand(6, generator=generator) + 0.5)
+    for shape in ((4, 6), (2, 3, 6), (6,)):
+        x = torch.randn(*shape, generator=generator).double().requires_grad_()
+        weight = torch.randn(*shape, generator=generator).double()
+        expected = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * norm.weight
+        torch.testing.assert_close(norm(x), expected)
+        ours, theirs = (torch.autograd.grad((y * weight).sum(), [x, norm.weight]) for y in (norm(x), expected))
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b)
+    norm.weight.requires_grad_(False)
+    norm(x).sum().backward()
+    assert norm.weight.grad is None and bool((x.grad != 0).any())
+
+
+def test_rms_norm_is_in_float32_inside_autocast():
+    norm, x = layers.RMSNorm(32), torch.randn(5, 32, generator=torch.Generator().manual_seed(3)).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert norm(x).dtype == torch.float32
+        assert torch.equal(norm(x), norm(x.float()))

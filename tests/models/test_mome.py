@@ -426,3 +426,13 @@ def test_no_residual_is_the_model_as_before():
 def test_wrong_residuals_are_refused(settings):
     with pytest.raises(MorphomeError, match="residual"):
         make(**settings)
+
+
+def test_the_gate_chooses_in_float32_inside_autocast():
+    layer = make().layers["path1"]
+    x, ref = torch.randn(7, 16), torch.randn(3, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, _, pi = layer(x, ref)
+    assert pi.dtype == torch.float32 and pi.sum().item() == pytest.approx(1, abs=1e-6)
+    y.float().square().sum().backward()
+    assert has_gradient(layer.gate)

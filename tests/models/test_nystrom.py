@@ -161,7 +161,7 @@ def test_order_dependence(n):
 
 
 def test_every_landmark_has_a_token_and_segments_are_contiguous_means():
-    x = torch.arange(11, dtype=torch.float64).view(1, 1, 11, 1)
+    x = torch.arange(11, dtype=torch.float64).view(1, 11, 1)
     means = nystrom._segment_means(x, 4).flatten()
     # floor(4 t / 11): tokens 0-2, 3-5, 6-8, 9-10
     assert means.tolist() == [1, 4, 7, 9.5]
@@ -217,3 +217,27 @@ def test_few_rows_have_the_gradients_of_the_whole(monkeypatch):
     b = torch.autograd.grad((whole * weight).sum(), inputs)
     for ours, theirs in zip(a, b, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 2, 6])
+@pytest.mark.parametrize("per_matrix", [True, False])
+def test_the_applied_pseudo_inverse_is_the_pseudo_inverse_times_the_vectors(iterations, per_matrix):
+    generator = torch.Generator().manual_seed(8)
+    a = (2 * torch.eye(24) + torch.randn(2, 3, 24, 24, generator=generator)).double().requires_grad_()
+    g = torch.randn(2, 3, 24, 5, generator=generator).double().requires_grad_()
+    weight = torch.randn(2, 3, 24, 5, generator=generator).double()
+    found = nystrom.apply_pseudo_inverse(a.softmax(-1), g, iterations, per_matrix=per_matrix)
+    expected = nystrom.pseudo_inverse(a.softmax(-1), iterations, per_matrix=per_matrix) @ g
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-9)
+    ours, theirs = (torch.autograd.grad((out * weight).sum(), [a, g]) for out in (found, expected))
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-9, rtol=1e-8)
+    single = nystrom.apply_pseudo_inverse(a.float().softmax(-1), g.float(), iterations, per_matrix=per_matrix)
+    assert relative(single.double(), expected) < 1e-4
+
+
+@pytest.mark.parametrize("n", [9, 61, 64])
+def test_training_and_evaluation_agree(n):
+    layer, x = make("nystrom_masked"), tokens(n)
+    with torch.no_grad():
+        torch.testing.assert_close(layer.train()(x), layer.eval()(x), atol=1e-5, rtol=1e-4)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 import shutil
+from html import unescape
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
+
+from morphome.files import read_json, read_parquet
 
 
 def neighbour(path: Path):
@@ -27,30 +28,27 @@ tiny = neighbour(HERE.parent / "rna" / "conftest.py")
 
 pytestmark = pytest.mark.workflow
 
-SMALL = {"dim": 8, "heads": 2, "feedward": 8, "attention_dim": 4}
 MCAT = {"dim": 8, "heads": 2, "feedforward": 8, "attention_dim": 4}
 ABMIL = {"dim": 8, "attention_dim": 4, "head_dim": 4}
 MODELS = {
     "clinical_cox": None,
-    "abmil": ABMIL,
     "mcat": MCAT,
     "mcat_published": {
         "model": "mcat",
         **MCAT,
         "training": {"protocol": "published", "epoch_rule": "oracle_outer_best"},
     },
-    "mcat_ogm": {"model": "mcat", **MCAT, "training": {"balance": {"rule": "ogm_cox"}}},
     "abmil_taught": {
         "model": "abmil",
         **ABMIL,
         "training": {"distil": {"teacher": "mcat", "settings": MCAT, "loss": "kd_logit", "folds": 2}},
     },
-    "path_gptomic": None,
+    "path_gptomic": {"training": {"balance": {"rule": "ogm_cox"}}},
 }
 PUBLISHED = "mcat_published"
 
 
-def write_cohort(folder: Path, patients: int = 24) -> dict:
+def write_cohort(folder: Path, patients: int = 36) -> dict:
     """A cohort of ready-made features and own tables; the sections of the configuration that name them."""
     rng = np.random.default_rng(5)
     ids = [f"P{i:02d}" for i in range(patients)]
@@ -96,3 +94,155 @@ def write_cohort(folder: Path, patients: int = 24) -> dict:
         "models": MODELS,
         "evaluation": {"horizon_months": 12, "bootstrap": 20},
     }
+
+
+@pytest.fixture(scope="module")
+def finished(repository, tmp_path_factory):
+    """The run with all these rows, done once."""
+    copy = Checkout(repository, tmp_path_factory.mktemp("rows") / "checkout")
+    copy.sections = write_cohort(copy.folder / "own")
+    copy.configure(**copy.sections)
+    done = copy.snakemake("--configfile", "small.yaml")
+    assert done.returncode == 0, done.stdout[-6000:]
+    return copy
+
+
+@pytest.fixture
+def unchanged(finished):
+    """The finished run; its configuration is put back."""
+    yield finished
+    finished.configure(**finished.sections)
+
+
+@pytest.fixture
+def elsewhere(finished, tmp_path):
+    """A copy of the finished run in which more may be run."""
+    copy = Checkout.__new__(Checkout)
+    copy.folder, copy.sections = tmp_path / "checkout", finished.sections
+    shutil.copytree(finished.folder, copy.folder)
+    return copy
+
+
+def results(checkout) -> Path:
+    return checkout.folder / "results" / "small"
+
+
+def section(page: str, name: str) -> str:
+    """Text of a section of the page."""
+    found = re.search(rf'<section id="{name}".*?</section>', page, re.S)
+    return " ".join(unescape(re.sub(r"<svg.*?</svg>|<[^>]+>", " ", found[0], flags=re.S)).split())
+
+
+def page_of(checkout) -> str:
+    return (results(checkout) / "report" / "report.html").read_text(encoding="utf-8")
+
+
+def with_encoder(sections: dict, **changes) -> dict:
+    molecular = sections["molecular"]
+    return {**sections, "molecular": {**molecular, "encoder": {**molecular["encoder"], **changes}}}
+
+
+def with_row(sections: dict, name: str, row: dict) -> dict:
+    return {**sections, "models": {**sections["models"], name: row}}
+
+
+def trained(*rows: str) -> set[str]:
+    return {f"train {row} 0 {fold}" for row in rows for fold in range(2)}
+
+
+AFTER = {"evaluate", "report"}
+
+
+def test_a_row_of_the_published_protocol_is_in_its_section_and_nowhere_else(finished):
+    page = page_of(finished)
+    shown = section(page, "published")
+    assert "Published protocol (optimistic)" in shown and PUBLISHED in shown
+    assert "best epoch on the reported fold" in shown
+    rest = re.sub(r'<section id="published".*?</section>|<pre>.*?</pre>', "", page, flags=re.S)
+    assert PUBLISHED not in rest
+    tables = results(finished) / "report" / "tables"
+    assert [path.name for path in sorted(tables.glob("*.csv")) if PUBLISHED in path.read_text()] == [
+        "published_protocol.csv"
+    ]
+    summary = read_parquet(results(finished) / "evaluation" / "summary.parquet", "morphome.summary")
+    found = summary[(summary["name"] == PUBLISHED) & (summary["metric"] == "harrell_c")]["value"].iloc[0]
+    assert f"{found:.3f}" in shown
+    run = read_json(results(finished) / "runs" / PUBLISHED / "r0" / "f0" / "run.json", "morphome.run")
+    assert run["training"]["protocol"] == "published" and run["n_fitted"] == run["n_train"] + run["n_inner"]
+
+
+def test_the_report_says_which_encoder_of_rna_was_used_and_how_rows_were_trained(finished):
+    page = page_of(finished)
+    said = section(page, "provenance")
+    facts = read_json(results(finished) / "genomics" / "encoded.json", "morphome.encoder")
+    assert "requested scgpt, used scgpt" in said and "code: MIT" in said
+    assert f"sha256 {facts['weights']['sha256'][:16]}, checksum not known" in said
+    assert "knows 100.0 % of the genes measured" in said and "pretraining saw TCGA: no" in said
+    limits = section(page, "limits")
+    assert "checksum of its weights is not one that morphome knows" in limits
+    assert "requested features, used identity" in limits
+    training = section(page, "training")
+    assert "taught the hazards of every time bin by mcat" in training
+    assert "slides and genes balanced by ogm_cox" in training
+
+
+def test_a_second_run_does_nothing(finished):
+    assert finished.jobs() == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("mcat", {**MCAT, "dropout": 0.1}),
+        ("abmil_taught", {**MODELS["abmil_taught"], "training": {"distil": {"teacher": "mcat", "folds": 2}}}),
+        ("path_gptomic", {"training": {"balance": {"rule": "ogm_cox", "alpha": 0.5}}}),
+    ],
+)
+def test_a_changed_row_repeats_that_row_alone(unchanged, name, row):
+    unchanged.configure(**with_row(unchanged.sections, name, row))
+    assert unchanged.jobs() == trained(name) | AFTER
+
+
+def test_an_edit_of_a_model_repeats_its_rows_and_those_it_teaches(finished):
+    module = finished.folder / "src/morphome/models/mcat.py"
+    before = module.read_text()
+    module.write_text(before + "\n# changed\n")
+    try:
+        assert finished.jobs() == trained("mcat", PUBLISHED, "abmil_taught") | AFTER
+    finally:
+        module.write_text(before)
+
+
+def test_other_weights_repeat_the_encoder_and_the_rows_that_read_it(elsewhere):
+    tiny.write_scgpt(elsewhere.folder / "own" / "scgpt", tiny.scgpt_state(63, seed=1))
+    assert elsewhere.jobs() == {"rna", *AFTER} | trained("path_gptomic")
+
+
+def test_weights_that_are_not_there_stop_the_run_or_are_replaced_or_leave_rows_out(elsewhere):
+    def run(on_missing: str, *arguments: str):
+        encoder = {"weights": "own/nothing", "on_missing": on_missing}
+        elsewhere.configure(**with_encoder(elsewhere.sections, **encoder))
+        return elsewhere.snakemake("--configfile", "small.yaml", *arguments)
+
+    stopped = run("error", "-n")
+    assert stopped.returncode != 0 and "Traceback" not in stopped.stdout
+    for word in ("own/nothing does not exist", "put them there", "molecular.encoder.weights", "on_missing: fallback"):
+        assert word in stopped.stdout
+
+    replaced = run("fallback")
+    assert replaced.returncode == 0, replaced.stdout[-4000:]
+    assert "RNA encoder pca in place of scgpt (the files of scGPT are not there" in replaced.stdout
+    page = page_of(elsewhere)
+    words = "requested scGPT, used pca in its place (the files of scGPT are not there: the folder own/nothing does not"
+    assert words in section(page, "limits") and words in section(page, "verdict")
+    assert "requested scgpt, used pca" in section(page, "provenance")
+    assert "What path_gptomic shows says nothing about scGPT." in section(page, "limits")
+
+    left_out = run("skip")
+    assert left_out.returncode == 0, left_out.stdout[-4000:]
+    assert "left out without the RNA encoder scgpt: path_gptomic" in left_out.stdout
+    page = page_of(elsewhere)
+    words = "requested scGPT, used none (the files of scGPT are not there: the folder own/nothing does not exist)"
+    assert words in section(page, "verdict")
+    assert "path_gptomic needs it and was left out of this run" in section(page, "limits")
+    assert "path_gptomic" not in section(page, "models")

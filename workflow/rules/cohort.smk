@@ -78,6 +78,7 @@ if encodes_rna(CONFIG):
             facts=PATHS.encoded_facts,
         log:
             PATHS.log("rna"),
+        priority: 90  # weights that cannot be used are found before hours of slides
         conda:
             "../../envs/models.yaml"
         threads: 4

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.logging import logger
 from snakemake.settings.types import DeploymentMethod
 
 SOURCE = Path(workflow.current_basedir).parent.parent / "src"
@@ -33,6 +34,7 @@ from morphome.workflow import (
     pinned_files,
     published_inputs,
     rna_files,
+    rna_substitution,
     run_folders,
     simulated_files,
     slide_jobs,
@@ -71,6 +73,9 @@ PATHS = told(Paths, CONFIG)
 told(getattr, PATHS, "feature_folder")  # the encoder's weights are known
 if not slides_from_gdc(CONFIG):
     slides()
+
+if rna_substitution(CONFIG):
+    logger.warning(rna_substitution(CONFIG))
 
 RESOLVED = write_resolved(CONFIG)
 # Inside a conda environment the interpreter is that environment's; otherwise it is the one that runs Snakemake,

@@ -37,7 +37,7 @@ from morphome.models.registry import build, defaults
 from morphome.schema import schema
 from morphome.training.cox_objective import CoxObjective
 from morphome.training.data import CACHE_BYTES, FoldData, Outcomes
-from morphome.training.loop import Loop
+from morphome.training.loop import PRECISIONS, Loop
 from morphome.training.objective import HazardObjective
 from morphome.training.trainer import NeuralModel, torch_state
 
@@ -111,14 +111,14 @@ def bench_train(
         our code with the same formulas; ``peer_is``, ``ours_is``, ``epoch_is`` (in words).
 
     Raises:
-        MorphomeError: no such network, or fewer than 12 patients.
+        MorphomeError: no such network, setting or precision, or fewer than 12 patients.
     """
     if patients < 12:
         raise MorphomeError(f"{patients} patients are too few for time bins", "measure with 12 or more")
+    if precision not in ("fp32", *PRECISIONS):
+        raise MorphomeError(f"precision {precision!r} is not known", f"fp32 or {', '.join(PRECISIONS)}")
     timed = min(patients, timed or max(8, min(32, ROUND_PATCHES // bag)))
-    trial = Trial(
-        model, dict(settings or {}), patients, timed, bag, dim, precision, dict(groups or GROUPS), threads
-    )
+    trial = Trial(model, dict(settings or {}), patients, timed, bag, dim, precision, dict(groups or GROUPS), threads)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write_cohort(trial, folder)
@@ -154,6 +154,21 @@ def bench_train(
         "ours_is": _OURS,
         "epoch_is": _EPOCH,
     }
+
+
+def read_settings(text: str) -> dict[str, Any]:
+    """Settings of a model from a JSON object.
+
+    Raises:
+        MorphomeError: it is none.
+    """
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict):
+        raise MorphomeError(f"--settings {text}: not a JSON object", 'for example \'{"router": "frozen"}\'')
+    return found
 
 
 # -- the cohort -----------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from morphome.errors import MorphomeError
 from morphome.models.batch import Batch, require
@@ -93,7 +94,29 @@ class Gate(nn.Module):
     def forward(self, x: Tensor, ref: Tensor) -> Tensor:
         """x (n, D), ref (t, D) -> pi (4,)."""
         u = F.gelu(self.norm_x(self.linear_x(x))).mean(0) + F.gelu(self.norm_ref(self.linear_ref(ref))).mean(0)
-        return torch.softmax(self.classifier(u) / self.temperature, -1)
+        with torch.autocast(u.device.type, enabled=False):
+            # A choice hangs on it: at least float32, whatever the precision of training.
+            u = u.to(torch.promote_types(u.dtype, self.classifier.weight.dtype))
+            return torch.softmax(self.classifier(u) / self.temperature, -1)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """y as it is; its gradient G goes on to y, and <G, E_e> to pi_e."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, y: Tensor, pi: Tensor, *outputs: Tensor) -> Tensor:
+        ctx.save_for_backward(pi, *outputs)
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, g: Tensor) -> tuple[Tensor | None, ...]:
+        pi, *outputs = ctx.saved_tensors
+        # At least float32: products of bfloat16 vectors are slow on a CPU, and long sums of them are rough.
+        dtype = torch.promote_types(g.dtype, torch.float32)
+        flat = g.reshape(-1).to(dtype)
+        found = torch.stack([torch.dot(flat, output.reshape(-1).to(dtype)) for output in outputs])
+        return g, found.to(pi), *(None for _ in outputs)
 
 
 class MoMELayer(nn.Module):
@@ -164,8 +187,7 @@ class MoMELayer(nn.Module):
             # gradient into every other expert is exactly zero, so the others need values but no graph.
             with torch.no_grad():
                 outputs = [y if e == chosen else self._expert(e, x, ref) for e in range(len(EXPERTS))]
-                outputs = torch.stack(outputs).flatten(1)
-            y = y + ((pi - pi.detach()) @ outputs).view_as(y)
+            y = _StraightThrough.apply(y, pi, *outputs)
         return y
 
     def route(self, x: Tensor, ref: Tensor, patient_id: str = "") -> tuple[Tensor, int]:

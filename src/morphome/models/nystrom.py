@@ -129,13 +129,14 @@ class NystromAttention(nn.Module):
             x = F.pad(x, (0, 0, front, 0))
             keep = (keep[0] + front, keep[1] + front)
         start, stop = keep
-        q = self._split(self.query(x[:, start:stop] if exact else x))
+        # Landmarks are means of tokens, which are projected after averaging: no other row's query is needed.
+        q = self._split(self.query(x[:, start:stop]))
         # Few rows of many tokens: cheaper to carry the queries to the tokens than to project every token.
         if exact and few:
             out = self._few_rows(q, x, start, stop)
             return self.out(out.transpose(1, 2).reshape(batch, stop - start, dim).to(x.dtype))
         k, v = self._split(self.key(x)), self._split(self.value(x))
-        out = F.scaled_dot_product_attention(q, k, v) if exact else self._nystrom(q, k, v, start, stop)
+        out = F.scaled_dot_product_attention(q, k, v) if exact else self._nystrom(q, k, v, x)
         if self.value_kernel is not None:
             out = out + _value_conv(v, self.value_kernel, start, stop)
         return self.out(out.transpose(1, 2).reshape(batch, stop - start, dim).to(x.dtype))
@@ -158,7 +159,8 @@ class NystromAttention(nn.Module):
         """
         head_dim = q.shape[-1]
         carried = (q * head_dim**-0.5) @ self.key.weight.unflatten(0, (self.heads, head_dim))
-        scores = carried.flatten(1, 2) @ x.transpose(1, 2)
+        # x on the left: the small factor is the one to transpose, and to copy where types differ.
+        scores = (x @ carried.flatten(1, 2).transpose(1, 2)).transpose(1, 2)
         weights = torch.softmax(scores.unflatten(1, (self.heads, stop - start)), -1)
         if self.value_kernel is not None:
             band, first, last = _band(self.value_kernel, start, stop, x.shape[1])
@@ -166,29 +168,37 @@ class NystromAttention(nn.Module):
         pooled = (weights.flatten(1, 2) @ x.to(weights.dtype)).unflatten(1, (self.heads, stop - start))
         return pooled @ self.value.weight.unflatten(0, (self.heads, head_dim)).transpose(1, 2)
 
-    def _nystrom(self, q: Tensor, k: Tensor, v: Tensor, start: int, stop: int) -> Tensor:
-        """Steps 2 to 5 of the layer without the convolution, at least in float32. (B, H, rows, D / H)."""
+    def _nystrom(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        """Steps 2 to 5 of the layer without the convolution, at least in float32. (B, H, rows, D / H).
+
+        q (B, H, rows, D / H) of the rows wanted, k and v (B, H, n, D / H) of all tokens x (B, n, D).
+        """
         with torch.autocast(q.device.type, enabled=False):
             dtype = torch.promote_types(q.dtype, torch.float32)
-            q, k, v = q.to(dtype) * q.shape[-1] ** -0.5, k.to(dtype), v.to(dtype)
-            landmark_q, landmark_k = _segment_means(q, self.landmarks), _segment_means(k, self.landmarks)
-            to_landmarks = (q[:, :, start:stop] @ landmark_k.transpose(-1, -2)).softmax(-1)
-            middle = (landmark_q @ landmark_k.transpose(-1, -2)).softmax(-1)
-            gathered = F.scaled_dot_product_attention(landmark_q, k, v, scale=1.0)
-            inverse = pseudo_inverse(middle, self.iterations, per_matrix=self.mode != "nystrom_compat")
-            if not self.training:
+            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+            means = _segment_means(x.to(dtype), self.landmarks)
+            landmark_q, landmark_k = self._split(self.query(means)), self._split(self.key(means))
+            middle = (landmark_q @ landmark_k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+            gathered = F.scaled_dot_product_attention(landmark_q, k, v)
+            per_matrix = self.mode != "nystrom_compat"
+            if self.training:
+                carried = apply_pseudo_inverse(middle, gathered, self.iterations, per_matrix=per_matrix)
+            else:
+                inverse = pseudo_inverse(middle, self.iterations, per_matrix=per_matrix)
                 self.pinv_error = pinv_error(middle, inverse, _PROBES)
-            return to_landmarks @ (inverse @ gathered)
+                carried = inverse @ gathered
+            # The two factors n x m are never formed: each is a softmax attention, to or from the landmarks.
+            return F.scaled_dot_product_attention(q, landmark_k, carried)
 
 
 def _segment_means(x: Tensor, m: int) -> Tensor:
-    """(B, H, n, d) -> (B, H, m, d): mean of the tokens t with floor(t m / n) = landmark; n >= m."""
-    n = x.shape[2]
+    """(B, n, D) -> (B, m, D): mean of the tokens t with floor(t m / n) = landmark; n >= m."""
+    n = x.shape[1]
     if n % m == 0:
-        return x.unflatten(2, (m, n // m)).mean(3)
+        return x.unflatten(1, (m, n // m)).mean(2)
     segment = torch.arange(n, device=x.device) * m // n
     counts = torch.bincount(segment, minlength=m).to(x.dtype)
-    sums = x.new_zeros(*x.shape[:2], m, x.shape[3]).index_add(2, segment, x)
+    sums = x.new_zeros(x.shape[0], m, x.shape[2]).index_add(1, segment, x)
     return sums / counts[:, None]
 
 
@@ -200,10 +210,7 @@ def pseudo_inverse(a: Tensor, iterations: int = 6, *, per_matrix: bool = True) -
     Args:
         per_matrix: take the two maxima of each matrix; the published code takes them over all matrices.
     """
-    magnitude = a.abs()
-    rows, columns = magnitude.sum(-1), magnitude.sum(-2)
-    scale = rows.amax(-1) * columns.amax(-1) if per_matrix else rows.max() * columns.max()
-    z = a.transpose(-1, -2) / scale[..., None, None]
+    z = _first_inverse(a, per_matrix)
     shape, m = a.shape, a.shape[-1]
     a, z = a.reshape(-1, m, m), z.reshape(-1, m, m)
     for _ in range(iterations):
@@ -213,6 +220,40 @@ def pseudo_inverse(a: Tensor, iterations: int = 6, *, per_matrix: bool = True) -
         inner = torch.baddbmm(az, az, inner, beta=15, alpha=-1)
         z = torch.baddbmm(z, z, inner, beta=3.25, alpha=-0.25)
     return z.reshape(shape)
+
+
+def apply_pseudo_inverse(a: Tensor, g: Tensor, iterations: int = 6, *, per_matrix: bool = True) -> Tensor:
+    """``pseudo_inverse(a) @ g`` for narrow g (..., m, d), with fewer products of whole matrices.
+
+    With X_k = A Z_k and p(X) = (13 I - X (15 I - X (7 I - X))) / 4 the iteration says Z_{k+1} = Z_k p(X_k), hence
+    Z g = Z_0 p(X_0) ... p(X_last) g, and X_{k+1} = X_k p(X_k). The latter takes two products, Y = X X and
+    (13 X - Y (15 I - 7 X + Y)) / 4; the factors p(X_k) are applied to g alone.
+    """
+    z = _first_inverse(a, per_matrix)
+    if iterations == 0:
+        return z @ g
+    shape, m = g.shape, a.shape[-1]
+    a, z, g = a.reshape(-1, m, m), z.reshape(-1, m, m), g.reshape(-1, *g.shape[-2:])
+    powers = [a @ z]
+    for _ in range(iterations - 1):
+        x = powers[-1]
+        y = x @ x
+        # y (y - 7 x + 15) - 13 x, the identity folded into the product as before
+        inner = torch.add(y, x, alpha=-7)
+        powers.append(torch.baddbmm(torch.add(x.mul(3.25), y, alpha=-3.75), y, inner, alpha=-0.25))
+    for x in reversed(powers):
+        inner = torch.baddbmm(g, x, g, beta=7, alpha=-1)
+        inner = torch.baddbmm(g, x, inner, beta=15, alpha=-1)
+        g = torch.baddbmm(g, x, inner, beta=3.25, alpha=-0.25)
+    return (z @ g).reshape(shape)
+
+
+def _first_inverse(a: Tensor, per_matrix: bool) -> Tensor:
+    """Z0 of :func:`pseudo_inverse`."""
+    magnitude = a.abs()
+    rows, columns = magnitude.sum(-1), magnitude.sum(-2)
+    scale = rows.amax(-1) * columns.amax(-1) if per_matrix else rows.max() * columns.max()
+    return a.transpose(-1, -2) / scale[..., None, None]
 
 
 def pinv_error(a: Tensor, z: Tensor, probes: int | None = None) -> float:

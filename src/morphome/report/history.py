@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,16 @@ from morphome.report.inputs import ReportData, Run, is_neural
 
 
 def training(data: ReportData) -> dict[str, Any]:
-    """Curves of models trained by epochs, search paths of those with a search, and what has neither."""
+    """Curves of models trained by epochs, search paths of those with a search, and what has neither.
+
+    A network that was searched has a history per setting tried: the curves are those of the setting that was kept.
+    """
     curves, paths, silent = [], [], []
     for name in data.names:
         runs = [r for r in data.runs_of(name) if len(r.history)]
         searched = [r for r in runs if "setting" in r.history and r.history["inner_c"].notna().sum() > 1]
-        epochs = [r for r in runs if is_neural(r)]
+        tried = [r for r in runs if is_neural(r)]
+        epochs = [replace(r, history=_kept(r)) for r in tried]
         key = fmt.slug(name)
         if epochs:
             several = data.repeats > 1
@@ -30,12 +36,14 @@ def training(data: ReportData) -> dict[str, Any]:
                 for r in epochs
             ]
             text = f"{name}: chosen epoch: {'; '.join(picked)}" if len(epochs) <= 6 else f"{name}: {_epochs(epochs)}"
+            text += _branches(epochs)
             draw = _losses if len(_without_c(epochs)) == len(epochs) else figures.training
             curves.append(
                 {
                     "name": name,
                     "text": text,
                     "how": how(epochs),
+                    "search": _searched(tried, key),
                     "figure": draw(epochs, f"train-{key}", f"Training of {name}", text),
                 }
             )
@@ -67,13 +75,24 @@ _RULES = {"inner_best": "epoch with the best inner validation", "last": "last ep
 _SAMPLERS = {"class_balanced": "patients drawn evenly over time bins and outcomes", "shuffle": ""}
 
 
+_TAUGHT = {
+    "kd_logit": "the hazards of every time bin",
+    "kd_risk_rank": "the differences of log risks",
+    "kd_feature": "the features before fusion",
+}
+
+
 def how(runs: list[Run]) -> str:
     """Time bins, inner validation and how the epoch was chosen, as far as the runs say; first run's settings."""
     facts = runs[0].facts
     given = facts.get("training") or {}
+    cox = facts.get("head") == "cox"
     parts = []
     bins, edges = given.get("time_bins"), given.get("bin_edges")
-    if bins is not None:
+    if cox:
+        text = f"Cox head: exact partial likelihood of windows of {given.get('cox_window')} patients"
+        parts.append(f"{text}, whose level grows with the patients: the two losses are not comparable")
+    elif bins is not None:
         text = fmt.plural(int(bins), "time bin")
         if isinstance(edges, str):
             text += f", {_EDGES.get(edges, f'edges: {edges}')}"
@@ -91,10 +110,79 @@ def how(runs: list[Run]) -> str:
             text = lowest if blind == len(runs) else some
         patience = given.get("patience")
         parts.append(f"{text}, patience {patience}" if rule == "inner_best" and patience is not None else text)
-    sampler = given.get("sampler")
+    sampler = None if cox else given.get("sampler")
     if sampler is not None and _SAMPLERS.get(sampler, sampler):
         parts.append(_SAMPLERS.get(sampler, str(sampler)))
-    return "; ".join(parts)
+    return "; ".join([*parts, *_beside(given, runs)])
+
+
+def _beside(given: Mapping[str, Any], runs: list[Run]) -> list[str]:
+    """A teacher, a rule of balance, missing genes: what a plain row has not."""
+    parts = []
+    distil = given.get("distil") or {}
+    if distil.get("loss") == "gene_aux":
+        parts.append(
+            f"also learns scores of the gene groups, weight {distil['weight']:g}, which the training loss holds"
+        )
+    elif distil:
+        parts.append(
+            f"taught {_TAUGHT[distil['loss']]} by {distil['teacher']}, weight {distil['weight']:g}, which the training "
+            "loss holds and that of inner validation does not"
+        )
+    rule = (given.get("balance") or {}).get("rule", "none")
+    if rule != "none" and any("rho" in r.history for r in runs):
+        parts.append(f"slides and genes balanced by {rule}")
+    if given.get("modality_dropout"):
+        parts.append(f"genes left out in {100 * given['modality_dropout']:g} % of the training steps")
+    return parts
+
+
+def _kept(run: Run) -> pd.DataFrame:
+    """The epochs of the setting that was kept, of a search; all epochs without one."""
+    h = run.history
+    if "setting" not in h:
+        return h
+    chosen = h.loc[h["chosen"].astype(bool), "setting"]
+    return h[h["setting"] == chosen.iloc[0]] if len(chosen) else h
+
+
+def _searched(runs: list[Run], key: str) -> View | None:
+    """The settings that a search of a network tried, and which it kept; None without a search."""
+    runs = [r for r in runs if "setting" in r.history and r.history["setting"].nunique() > 1]
+    if not runs:
+        return None
+    kept = Counter(str(_kept(r)["setting"].iloc[0]) for r in runs)
+    best: dict[str, list[float]] = {}
+    for run in runs:
+        for setting, c in run.history.groupby("setting", sort=False)["inner_c"].max().items():
+            best.setdefault(str(setting), []).append(float(c))
+    view = View(
+        f"searched-{key}",
+        "Settings tried; each fold keeps the one with the best C of inner validation",
+        [Column("Setting"), Column("Best C, inner validation", "num", "mean over runs"), Column("Kept in", "num")],
+    )
+    for setting, c in best.items():
+        label = words.tidy(setting.replace("=", " = "))
+        known = [value for value in c if np.isfinite(value)]
+        view.add([label, fmt.number(np.mean(known) if known else np.nan), fmt.plural(kept[setting], "run")])
+    return view
+
+
+def _branches(runs: list[Run]) -> str:
+    """How far one branch of a fused model was ahead at the chosen epoch, and what its rule made of it."""
+    rows = [r.history[r.history["chosen"].astype(bool)] for r in runs if "rho" in r.history]
+    chosen = pd.concat([row for row in rows if len(row)]) if any(len(row) for row in rows) else pd.DataFrame()
+    if chosen.empty:
+        return ""
+    alone = [f"{label} {fmt.number(chosen[f'inner_c_{u}'].mean())}" for u, label in _BRANCHES.items()]
+    text = f". C of each branch alone on inner validation, mean over runs: {', '.join(alone)}"
+    if not ((chosen["k_path"] == 1) & (chosen["k_omic"] == 1)).all():
+        factors = [f"{label} {fmt.number(chosen[f'k_{u}'].mean(), 2)}" for u, label in _BRANCHES.items()]
+        text += f"; factors of the learning rates: {', '.join(factors)}"
+    return text
+
+
+_BRANCHES = {"path": "slides", "omic": "genes"}
 
 
 def _without_c(runs: list[Run]) -> list[Run]:

@@ -251,6 +251,10 @@ def load_report(inputs: ReportInputs) -> ReportData:
     )
 
 
+#: Columns that name a row of the model table.
+_NAMES = ("name", "name_a", "name_b")
+
+
 def _set_apart(
     tables: dict[str, pd.DataFrame], runs: list[Run]
 ) -> tuple[dict[str, pd.DataFrame], list[Run], Optimistic | None]:
@@ -263,11 +267,11 @@ def _set_apart(
     )
     honest = {}
     for name, table in tables.items():
-        gone = table["name"].isin(names)
-        if "reference" in table:
-            gone |= table["reference"].isin(names)
+        gone = table[[key for key in _NAMES if key in table]].isin(names).any(axis=1)
         honest[name] = table[~gone].reset_index(drop=True)
-        honest[name].attrs = table.attrs
+        said = table.attrs.get("warnings") or []
+        told = [text for text in said if not any(str(text).startswith(f"'{row}' ") for row in names)]
+        honest[name].attrs = {**table.attrs, "warnings": told}
     return honest, [run for run in runs if run.name not in names], apart
 
 

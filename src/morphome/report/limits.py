@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from morphome.report import format as fmt
 from morphome.report import slide_tables, tables, words
 from morphome.report.inputs import ReportData, is_neural
+from morphome.rna.registry import ENCODERS
 
 #: Events per test fold below which results are hardly usable, and below which they are weak.
 FEW_EVENTS_STOP, FEW_EVENTS_WARN = 10, 20
@@ -17,6 +19,8 @@ FEW_EVENTS_STOP, FEW_EVENTS_WARN = 10, 20
 SE_FACTOR = 0.30
 #: Shares of slides without features, and of tiles that could not be read, above which the verdict says so.
 MANY_LOST, MANY_FAILED_TILES = 0.05, 0.01
+#: Share of the measured genes that an encoder of RNA knows, below which it is said.
+FEW_MATCHED = 0.5
 
 
 @dataclass
@@ -32,6 +36,7 @@ def limitations(data: ReportData) -> list[Flag]:
     flags = [
         *_cohort_flags(data),
         *_split_flags(data),
+        *_encoder_flags(data),
         *_model_flags(data),
         *_slide_flags(data),
         Flag(
@@ -218,6 +223,70 @@ def _model_flags(data: ReportData) -> list[Flag]:
     for text, rows in _run_warnings(data).items():
         flags.append(Flag("note", f"{text} [{fmt.listing(rows, 3)}]"))
     return flags
+
+
+_SAW = {
+    "yes": "its pretraining saw TCGA, without outcomes",
+    "depends": "some of its published weights were trained on TCGA, without outcomes",
+    "unknown": "it is not known whether its pretraining saw TCGA",
+}
+
+
+def _encoder_flags(data: ReportData) -> list[Flag]:
+    """Which encoder of RNA stands in for which, and what is known of the one that was used."""
+    section = rna_encoder(data)
+    if not section:
+        return []
+    asked, used = section["requested"], section["used"]
+    title = ENCODERS[asked].title if asked in ENCODERS else asked
+    why = re.sub(r"\.$", "", str(section.get("reason") or "no reason given"))
+    if used is None:
+        gone = section.get("left_out") or []
+        rows = f"{words.listed(gone)} {'needs it and was' if len(gone) == 1 else 'need it and were'}"
+        return [
+            Flag("serious", f"RNA encoder: requested {title}, used none ({why}). {rows} left out of this run."),
+        ]
+    flags = []
+    rows = [n for n in data.names if any("rna" in r.facts.get("needs", []) for r in data.runs_of(n))]
+    if used != asked:
+        of = f"What {words.listed(rows)} {'shows' if len(rows) == 1 else 'show'}" if rows else "What this run shows"
+        flags.append(
+            Flag(
+                "serious",
+                f"RNA encoder: requested {title}, used {used} in its place ({why}). {of} says nothing about {title}.",
+            )
+        )
+    facts = data.encoder or {}
+    title = str(facts.get("title") or used)
+    saw = facts.get("pretraining_saw_tcga")
+    if saw in _SAW:
+        flags.append(Flag("caution", f"RNA encoder {title}: {_SAW[saw]}; it may know patients of TCGA."))
+    if (facts.get("weights") or {}).get("grade") == "not known":
+        flags.append(
+            Flag("caution", f"RNA encoder {title}: the checksum of its weights is not one that morphome knows.")
+        )
+    rate = facts.get("match_rate")
+    if rate is not None and rate < FEW_MATCHED:
+        flags.append(Flag("caution", f"RNA encoder {title}: it knows only {100 * rate:.0f} % of the genes measured."))
+    mlp = facts.get("mlp_a") or {}
+    if mlp and mlp.get("requested") != mlp.get("used"):
+        flags.append(
+            Flag(
+                "caution",
+                f"MLP-A behind {title}: requested {mlp['requested']}, used {mlp['used']} ({mlp.get('reason')}).",
+            )
+        )
+    flags += [Flag("note", f"RNA encoder {title}: {text}.") for text in facts.get("warnings") or []]
+    return flags
+
+
+def rna_encoder(data: ReportData) -> dict[str, Any]:
+    """``requested``, ``used`` (None: rows left out), ``reason``, ``left_out``; empty where no row reads encoded RNA."""
+    section = (data.config.get("molecular") or {}).get("encoder") or {}
+    if "requested" not in section:
+        return {}
+    gone = list(section.get("left_out") or [])
+    return {**section, "used": None if gone else section["name"], "left_out": gone}
 
 
 def _fitted_on(data: ReportData) -> list[Flag]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pandas as pd
+from markupsafe import Markup
 
 from morphome.report import format as fmt
 from morphome.report.format import Column, View
@@ -13,6 +14,7 @@ from morphome.report.inputs import ReportData
 COLUMNS = [
     *("name", "model", "epoch_rule", "optimistic_c", "optimistic_lower", "optimistic_upper"),
     *("honest_name", "honest_c", "honest_lower", "honest_upper", "difference"),
+    "runs_constant",
 ]
 _RULES = {"last": "last epoch", "oracle_outer_best": "best epoch on the reported fold"}
 
@@ -24,18 +26,19 @@ def table(data: ReportData) -> pd.DataFrame:
     rows = []
     summary = data.optimistic.summary
     for found in summary[summary["metric"] == "harrell_c"].to_dict("records"):
-        run = next(run for run in data.optimistic.runs if run.name == found["name"])
+        runs = [run for run in data.optimistic.runs if run.name == found["name"]]
         honest = next((name for name in data.names if data.model_of(name) == found["model"]), None)
         beside: dict[str, Any] = data.metric(honest, "harrell_c") if honest else {}
         rows.append(
             {
                 "name": found["name"],
                 "model": found["model"],
-                "epoch_rule": run.facts["training"]["epoch_rule"],
+                "epoch_rule": runs[0].facts["training"]["epoch_rule"],
                 **{f"optimistic_{k}": found[v] for k, v in (("c", "value"), ("lower", "lower"), ("upper", "upper"))},
                 "honest_name": honest,
                 **{f"honest_{k}": beside.get(v) for k, v in (("c", "value"), ("lower", "lower"), ("upper", "upper"))},
                 "difference": found["value"] - beside["value"] if beside else None,
+                "runs_constant": sum(bool(run.facts.get("constant_prediction")) for run in runs),
             }
         )
     return pd.DataFrame(rows, columns=COLUMNS)
@@ -58,15 +61,24 @@ def section(table: pd.DataFrame) -> View | None:
         ],
     )
     for row in table.itertuples():
-        known = row.honest_name is not None and not fmt.is_missing(row.honest_c)
+        alone = fmt.is_missing(row.honest_name)
+        known = not alone and not fmt.is_missing(row.honest_c)
         view.add(
             [
-                f"{row.name} (optimistic)",
+                Markup('{}<span class="sub">optimistic</span>').format(row.name),
                 _RULES.get(row.epoch_rule, row.epoch_rule),
-                fmt.estimate(row.optimistic_c, row.optimistic_lower, row.optimistic_upper),
-                row.honest_name or "none in this run",
+                view.mark(fmt.estimate(row.optimistic_c, row.optimistic_lower, row.optimistic_upper), _doubt(row)),
+                "none in this run" if alone else row.honest_name,
                 fmt.estimate(row.honest_c, row.honest_lower, row.honest_upper) if known else fmt.MISSING,
                 fmt.number(row.difference, 3, sign=True) if known else fmt.MISSING,
             ]
         )
     return view
+
+
+def _doubt(row: Any) -> str:
+    """Why C says little; empty where it does not."""
+    if not row.runs_constant:
+        return ""
+    where = fmt.plural(row.runs_constant, "run")
+    return f"every patient got the same risk in {where}: C is 0.5 there whatever the model saw"

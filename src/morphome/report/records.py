@@ -13,6 +13,7 @@ from morphome.features.registry import ENCODERS, encoder_spec
 from morphome.report import format as fmt
 from morphome.report.format import Column, View
 from morphome.report.inputs import ReportData
+from morphome.report.limits import rna_encoder
 
 
 def run_times(data: ReportData) -> dict[str, Any]:
@@ -75,6 +76,7 @@ def provenance(data: ReportData, settings_hash: str) -> dict[str, Any]:
         "settings_hash": settings_hash,
         "fingerprints": sorted(prints),
         "encoder": "imported features" if data.external else _encoder(str(features.get("encoder", ""))),
+        "rna_encoder": _rna_encoder(data),
         "files": view,
         "config": yaml.safe_dump(
             json.loads(json.dumps(data.config, default=str)), sort_keys=False, allow_unicode=True, width=100
@@ -91,6 +93,32 @@ def _encoder(name: str) -> str:
     where = f", {spec.licence_url.partition('//')[2]}" if spec.licence_url else ""
     gate = "; its weights are given to accounts that accepted the licence" if spec.gated else ""
     return f"{name} (licence {spec.licence}{where}{gate})"
+
+
+def _rna_encoder(data: ReportData) -> str:
+    """Which encoder of RNA was asked for and used, its licence, weights, and what of the genes it knows."""
+    section = rna_encoder(data)
+    if not section:
+        return ""
+    asked, used = section["requested"], section["used"]
+    if used is None:
+        return f"requested {asked}, used none: {section.get('reason')}"
+    facts = data.encoder
+    parts = [f"requested {asked}, used {used}" + (f" ({section.get('reason')})" if used != asked else "")]
+    if facts is None:
+        return "; ".join([*parts, "fitted inside each training fold"])
+    parts.append(f"code: {facts['licence']}; weights: {facts['weights_licence']}")
+    weights = facts.get("weights") or {}
+    if weights:
+        parts.append(f"sha256 {weights['sha256'][:16]}, checksum {weights['grade']}")
+    if facts.get("match_rate") is not None:
+        parts.append(f"knows {100 * facts['match_rate']:.1f} % of the genes measured")
+    parts.append(f"pretraining saw TCGA: {facts['pretraining_saw_tcga']}")
+    mlp = facts.get("mlp_a")
+    if mlp:
+        parts.append(f"MLP-A: {mlp['used']}")
+    parts.append(f"{fmt.plural(facts['width'], 'number')} for each of {fmt.plural(facts['patients'], 'patient')}")
+    return "; ".join(parts) + (f". {facts['reference']}" if facts.get("reference") else "")
 
 
 def _seeds(data: ReportData) -> str:

@@ -23,14 +23,11 @@ from torch import Tensor, nn
 from morphome.errors import MorphomeError
 from morphome.models.batch import Batch
 from morphome.models.fusion import BRANCHES, Encoded, FusionModel
+from morphome.training.balance_settings import BALANCE_SETTINGS, MOVING_AVERAGE, balance_problem
 from morphome.training.data import derive_seed
 
 #: The branch that a branch is compared with.
 OTHER = {"path": "omic", "omic": "path"}
-#: Share of the past in the moving averages of the losses.
-MOVING_AVERAGE = 0.9
-#: Settings of every rule but "none": the first and the last epoch in which it acts (None: to the end).
-EPOCHS: Mapping[str, Any] = {"start_epoch": 1, "end_epoch": None}
 # Differences of losses beyond this are no longer told apart; exp() stays finite.
 _MOST = 50.0
 
@@ -102,7 +99,7 @@ class Balance:
     #: The loop runs every window twice and calls :meth:`start_window` in between, with a hazard head too.
     pairwise = False
     #: Settings with their defaults.
-    defaults: ClassVar[Mapping[str, Any]] = {}
+    defaults: ClassVar[Mapping[str, Any]] = BALANCE_SETTINGS["none"]
 
     def __init__(self, module: FusionModel, heads: BranchHeads, settings: Mapping[str, Any], seed: int) -> None:
         self.module, self.heads, self.settings, self.seed = module, heads, dict(settings), seed
@@ -257,25 +254,11 @@ def make_balance(module: FusionModel, heads: BranchHeads, settings: Mapping[str,
     Raises:
         MorphomeError: an unknown rule, a setting that is not one of the rule, or epochs that leave it nothing to do.
     """
-    rules = balance_rules()
+    if problem := balance_problem(settings):
+        raise MorphomeError(f"training.balance{problem[0]}", problem[1])
     given = dict(settings)
     rule = given.pop("rule", "none")
-    if rule not in rules:
-        raise MorphomeError(f"training.balance.rule: there is no rule '{rule}'", f"choose one of {', '.join(rules)}")
-    known = rules[rule].defaults
-    foreign = sorted(set(given) - set(known))
-    if foreign:
-        raise MorphomeError(
-            f"training.balance: {', '.join(foreign)} means nothing for the rule '{rule}'",
-            f"take it out; settings of '{rule}': {', '.join(known) or 'none'}",
-        )
-    full = {**known, **given}
-    if full.get("end_epoch") is not None and full["end_epoch"] < full["start_epoch"]:
-        raise MorphomeError(
-            f"training.balance: end_epoch {full['end_epoch']} lies before start_epoch {full['start_epoch']}",
-            "let the rule act in at least one epoch, or choose the rule none",
-        )
-    return rules[rule](module, heads, full, seed)
+    return balance_rules()[rule](module, heads, {**BALANCE_SETTINGS[rule], **given}, seed)
 
 
 def balance_rules() -> dict[str, type[Balance]]:

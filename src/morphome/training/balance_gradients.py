@@ -20,7 +20,8 @@ from morphome.errors import MorphomeError
 from morphome.models import hazard
 from morphome.models.batch import Batch
 from morphome.models.fusion import BRANCHES, Encoded
-from morphome.training.balance import EPOCHS, MOVING_AVERAGE, OTHER, Balance, section
+from morphome.training.balance import OTHER, Balance, section
+from morphome.training.balance_settings import BALANCE_SETTINGS, EPOCHS
 
 # Gradients whose common direction is shorter than this share of theirs are opposed: what is left is rounding.
 _OPPOSED = 1e-6
@@ -72,12 +73,7 @@ class Aux(BranchGradients):
     branch is helped, the more the weaker it is; ``equal`` is 1 for both.
     """
 
-    defaults: ClassVar[Mapping[str, Any]] = {
-        "beta": 1.0,
-        "omega": "gap",
-        "moving_average": MOVING_AVERAGE,
-        **EPOCHS,
-    }
+    defaults: ClassVar[Mapping[str, Any]] = BALANCE_SETTINGS["aux"]
 
     def omega(self) -> dict[str, float]:
         """Weights of the losses of the branches, without beta."""
@@ -101,7 +97,7 @@ class PMR(Balance):
     drawn has no prototype, and its patients no such loss.
     """
 
-    defaults: ClassVar[Mapping[str, Any]] = {"weight": 1.0, "moving_average": MOVING_AVERAGE, **EPOCHS}
+    defaults: ClassVar[Mapping[str, Any]] = BALANCE_SETTINGS["pmr_surv"]
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -176,7 +172,7 @@ class MMPareto(BranchGradients):
     Gradients that cancel have no common direction: the branch gets h = 0. Parameters of no branch keep g_m.
     """
 
-    defaults: ClassVar[Mapping[str, Any]] = {"gamma": 1.0, **EPOCHS}
+    defaults: ClassVar[Mapping[str, Any]] = BALANCE_SETTINGS["mmpareto"]
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -271,12 +267,7 @@ class RankDistill(BranchGradients):
     """
 
     pairwise = True
-    defaults: ClassVar[Mapping[str, Any]] = {
-        "teacher": "better",
-        "weight": 1.0,
-        "moving_average": MOVING_AVERAGE,
-        **EPOCHS,
-    }
+    defaults: ClassVar[Mapping[str, Any]] = BALANCE_SETTINGS["rank_distill"]
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from morphome.models.batch import Batch
 from morphome.models.fusion import BRANCHES, Encoded
-from morphome.training.balance import EPOCHS, MOVING_AVERAGE, OTHER, Balance, ratio, section
+from morphome.training.balance import OTHER, Balance, ratio, section
+from morphome.training.balance_settings import BALANCE_SETTINGS, RATE
 from morphome.training.data import derive_seed
 
 # C - 0.5 of a branch without skill counts as this much, so that ratios stay finite.
@@ -35,7 +36,7 @@ class RateRule(Balance):
     Parameters that both branches pass, the fusion and its head keep their pace.
     """
 
-    defaults: ClassVar[Mapping[str, Any]] = {"apply_to": "lr", **EPOCHS}
+    defaults: ClassVar[Mapping[str, Any]] = RATE
 
     def factors(self, values: Mapping[str, float]) -> dict[str, float]:
         """k^u of this window."""
@@ -63,14 +64,7 @@ class OGM(RateRule):
     ``ge_noise: std`` adds N(0, std(g)^2) to the gradient of every tensor of both branches.
     """
 
-    defaults: ClassVar[Mapping[str, Any]] = {
-        "rho": "log_ratio",
-        "alpha": 1.0,
-        "form": "continuous",
-        "ge_noise": "off",
-        "moving_average": MOVING_AVERAGE,
-        **RateRule.defaults,
-    }
+    defaults: ClassVar[Mapping[str, Any]] = BALANCE_SETTINGS["ogm_cox"]
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -177,7 +171,7 @@ class AGM(RateRule):
     losses in place of log-likelihoods, as a public benchmark does.
     """
 
-    defaults: ClassVar[Mapping[str, Any]] = {"alpha": 0.1, "sign": "ours", **RateRule.defaults}
+    defaults: ClassVar[Mapping[str, Any]] = BALANCE_SETTINGS["agm"]
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -210,7 +204,7 @@ class AGM(RateRule):
 class PDMP(RateRule):
     """The branch with the better C on the inner part learns ``ratio`` times as fast; both alike before the first C."""
 
-    defaults: ClassVar[Mapping[str, Any]] = {"ratio": 2.0, **RateRule.defaults}
+    defaults: ClassVar[Mapping[str, Any]] = BALANCE_SETTINGS["pdmp"]
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -241,13 +235,7 @@ class OPM(Balance):
     patient always keeps the other one and none is skipped. The losses of the branches are those of everything.
     """
 
-    defaults: ClassVar[Mapping[str, Any]] = {
-        "q_0": 0.5,
-        "lambda": 0.5,
-        "p_exe": 0.7,
-        "moving_average": MOVING_AVERAGE,
-        **EPOCHS,
-    }
+    defaults: ClassVar[Mapping[str, Any]] = BALANCE_SETTINGS["opm"]
 
     def drop_rates(self) -> dict[str, float]:
         """q^u of the window that runs."""

@@ -48,8 +48,10 @@ class CoxObjective:
         return hazard.cox_loss(log_risk, months, status, ties="efron")
 
     def coefficients(self, log_risk: torch.Tensor, time: np.ndarray, event: np.ndarray) -> tuple[torch.Tensor, float]:
-        """g = dL/dh (n,) of a window, and L."""
+        """g = dL/dh (n,) of a window, and L; 0 where nobody can be compared."""
         h = log_risk.detach().double().requires_grad_()
+        if len(h) < 2 or not event.any():
+            return torch.zeros_like(h), 0.0
         with torch.enable_grad():
             loss = self.loss(h, time, event)
         return torch.autograd.grad(loss, h)[0], loss.item()

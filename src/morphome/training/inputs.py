@@ -21,6 +21,8 @@ from morphome.training.preprocess import Arrays, ColumnScaler
 MOLECULAR = frozenset({"omic_groups", "omic_all", "rna", "cnv", "mut"})
 #: Patches shown to a model that fits parts on them.
 SAMPLED_PATCHES = 100_000
+#: Patients whose genes are read at a time.
+PATIENTS_READ = 64
 
 
 class Inputs:
@@ -53,7 +55,7 @@ class Inputs:
         self.encoder: FoldRnaEncoder | None = None
         self.parts: dict[str, np.ndarray] = {}
         self.d_in = 0
-        self._values: dict[str, np.ndarray | None] = {}
+        self._values: dict[str, dict[str, Any]] = {}
 
     # -- fitting --------------------------------------------------------------------------------------------
     def fit(self, fold: FoldData, train: Outcomes, notes: list[str]) -> None:
@@ -62,12 +64,13 @@ class Inputs:
         Raises:
             MorphomeError: the model needs gene groups or molecular columns, and there are none.
         """
-        self.d_in = fold.bag(train.ids[0])[0].shape[1] if "path" in self.needs else 0
+        self.d_in = fold.stored_bag(train.ids[0])[0].shape[1] if "path" in self.needs else 0
         if self.wanted & MOLECULAR:
             self._fit_molecular(fold, train, notes)
 
     def _fit_molecular(self, fold: FoldData, train: Outcomes, notes: list[str]) -> None:
-        groups = fold.groups if self.wanted & {"omic_groups"} or fold.rna_encoder.get("name") == "pathway_mean" else {}
+        by_pathway = "rna" in self.wanted and fold.rna_encoder.get("name") == "pathway_mean"
+        groups = fold.groups if "omic_groups" in self.wanted or by_pathway else {}
         if "omic_groups" in self.wanted and not groups:
             raise MorphomeError(
                 f"model '{self.key}' needs gene groups and none is given",
@@ -100,9 +103,15 @@ class Inputs:
             if part in self.wanted
         }
         ids = [i for i in train.ids if not (self.missing_tokens and fold.without_genes(i, self.columns))]
-        self.scaler = ColumnScaler.fit(fold.gene_matrix(self.columns, ids))
+        if not ids:
+            raise MorphomeError(
+                f"{fold.where}: no training patient has a row in the molecular tables that model '{self.key}' needs",
+                "look at the patient ids of molecular.rna, .mut and .cnv, or leave this model out",
+            )
+        values = fold.gene_matrix(self.columns, ids)
+        self.scaler = ColumnScaler.fit(values)
         if "rna" in self.wanted:
-            self._fit_rna(fold, ids)
+            self._fit_rna(fold, self.scaler.transform(values)[:, self.panels["rna"]])
         still = int((~self.scaler.varies).sum())
         if still:
             notes.append(f"{still} molecular columns do not vary in training and were set to 0 ({fold.where})")
@@ -112,11 +121,10 @@ class Inputs:
             if count:
                 notes.append(f"{count} patients have no row in '{panel}': they get {stand_in} ({fold.where})")
 
-    def _fit_rna(self, fold: FoldData, ids: list[str]) -> None:
-        at = self.panels["rna"]
+    def _fit_rna(self, fold: FoldData, z: np.ndarray) -> None:
+        # What a frozen encoder has made is not encoded again.
         kind = "snn_raw" if fold.encoded else fold.rna_encoder.get("name", "snn_raw")
-        z = self.scaler.transform(fold.gene_matrix(self.columns, ids))[:, at]
-        where = {int(column): i for i, column in enumerate(at)}
+        where = {int(column): i for i, column in enumerate(self.panels["rna"])}
         groups = {
             name: np.array([where[int(i)] for i in columns if int(i) in where], dtype=np.int64)
             for name, columns in self.groups.items()
@@ -193,17 +201,23 @@ class Inputs:
         if self.scaler is None:
             return {}
         if patient not in self._values:
-            absent = self.missing_tokens and fold.without_genes(patient, self.columns)
-            z = None if absent else self.scaler.transform(fold.gene_matrix(self.columns, [patient]))[0]
-            self._values[patient] = None if z is None else z.astype(np.float32)
-        z = self._values[patient]
-        if z is None:
+            # Many at once: looking up the columns takes longer than reading them.
+            ids = fold.ids()
+            for start in range(0, len(ids), PATIENTS_READ):
+                some = ids[start : start + PATIENTS_READ]
+                z = self.scaler.transform(fold.gene_matrix(self.columns, some)).astype(np.float32)
+                self._values |= {i: self._parts_of(fold, i, row) for i, row in zip(some, z, strict=True)}
+        return self._values[patient]
+
+    def _parts_of(self, fold: FoldData, patient: str, z: np.ndarray) -> dict[str, Any]:
+        """Molecular parts of a batch from the z-scores of a patient, (p,) float32."""
+        if self.missing_tokens and fold.without_genes(patient, self.columns):
             return {}
         found: dict[str, Any] = {}
         if "omic_groups" in self.wanted:
             found["groups"] = tuple(torch.from_numpy(z[at]).to(self.device) for at in self.groups.values())
         if "omic_all" in self.wanted:
-            found["omic_all"] = torch.from_numpy(z).to(self.device)
+            found["omic_all"] = torch.from_numpy(z.copy()).to(self.device)
         for part, at in self.panels.items():
             values = z[at]
             if part == "rna":

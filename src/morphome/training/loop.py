@@ -31,6 +31,8 @@ Objective = HazardObjective | CoxObjective
 Watch = Callable[[Encoded], dict[str, Tensor]]
 #: Autocast types by ``training.precision``.
 PRECISIONS = {"bf16": torch.bfloat16}
+#: Seconds that a batch takes to be made from which on the next one is made in a thread.
+WORTH_A_THREAD = 0.002
 
 
 @dataclass
@@ -44,13 +46,18 @@ class Outputs:
 
 @dataclass
 class Trained:
-    """What a run of the loop leaves: the chosen state and epoch, its score, one row per epoch, rows of routing."""
+    """What a run of the loop leaves: the chosen state and epoch, its score, one row per epoch, rows of routing.
 
-    state: dict[str, Tensor]
-    epoch: int
-    score: tuple[float, float]
-    epochs: list[dict[str, Any]]
-    routing: list[dict[str, Any]]
+    ``heads`` and ``balance`` are the states of what watches the branches, at the chosen epoch too.
+    """
+
+    state: dict[str, Tensor] = field(default_factory=dict)
+    heads: dict[str, Tensor] = field(default_factory=dict)
+    balance: dict[str, Any] = field(default_factory=dict)
+    epoch: int = 0
+    score: tuple[float, float] = (-math.inf, -math.inf)
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    routing: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Loop:
@@ -82,11 +89,7 @@ class Loop:
         self.bins = objective.bins(train.time)
         self.distiller = distiller
         self.device = next(module.parameters()).device
-        self.balance: Balance | None = None
-        self.heads: BranchHeads | None = None
-        if isinstance(module, FusionModel):
-            self.heads = BranchHeads(module, objective.width, seed).to(self.device)
-            self.balance = make_balance(module, self.heads, training["balance"], derive_seed(seed, "balance"))
+        self.heads, self.balance = branches(module, objective.width, training, seed)
         beside = [*(self.heads.parameters() if self.heads is not None else ())]
         if distiller is not None:
             beside += distiller.head_parameters()
@@ -101,7 +104,7 @@ class Loop:
         """
         training = self.training
         choice = EpochChoice(training["epoch_rule"], training["patience"])
-        done = Trained({}, 0, (-math.inf, -math.inf), [], [])
+        done = Trained()
         first = self._take_up(resume, choice, done, extra) + 1
         epochs = training["epochs"]
         bar = tqdm(range(first, epochs + 1), desc=self.name, unit="epoch", disable=None, leave=False)
@@ -117,7 +120,9 @@ class Loop:
             row |= self._branch_row(found)
             done.routing += found.routing
             if choice.update(epoch, inner_c, inner_loss):
-                done.state = {k: v.detach().cpu().clone() for k, v in self.module.state_dict().items()}
+                done.state = _copied(self.module)
+                if self.balance is not None:
+                    done.heads, done.balance = _copied(self.heads), self.balance.state_dict()
             done.epochs.append({**row, "learning_rate": rate, "seconds": clock.perf_counter() - start})
             bar.set_postfix(train=f"{train_loss:.3f}", inner_c=f"{inner_c:.3f}")
             if bar.disable:  # no terminal: a line in the log
@@ -125,7 +130,7 @@ class Loop:
             if resume.due:
                 resume.save({**extra, **self._state(choice, done)})
         bar.close()
-        done.epoch, done.score = choice.epoch, choice.best or done.score
+        done.epoch, done.score = choice.epoch, choice.best
         return done
 
     def _branch_row(self, found: Outputs) -> dict[str, float]:
@@ -142,10 +147,9 @@ class Loop:
         if self.balance is not None:
             self.balance.start_epoch(epoch)
         total, place = 0.0, 0
-        members = self.windows(epoch)
-        for window in members:
-            total += self._window(window, epoch, place, rate)
-            place += len(window)
+        for members in self.windows(epoch):
+            total += self._window(members, epoch, place, rate)
+            place += len(members)
         return total / place
 
     def windows(self, epoch: int) -> list[np.ndarray]:
@@ -163,43 +167,42 @@ class Loop:
 
     # -- one window -----------------------------------------------------------------------------------------
     def _window(self, members: np.ndarray, epoch: int, place: int, rate: float) -> float:
-        """One optimiser step; the sum of the losses of its patients."""
+        """One optimiser step; the sum of the losses of its patients (Cox: without further losses)."""
         seeds = [derive_seed(self.seed, "step", epoch, place + k) for k in range(len(members))]
         self.optimizer.zero_grad(set_to_none=True)
-        shared = self._first_pass(members, seeds)
+        shared = self._first_pass(members, seeds, epoch)
         # The true size of the window: the last one of an epoch is shorter.
-        n, total, trained = len(members), 0.0, 0
-        sums = dict.fromkeys(BRANCHES, 0.0)
+        n, total = len(members), 0.0
+        alone: dict[str, list[float]] = {u: [] for u in BRANCHES}
         for k, output in enumerate(self._forward(members, seeds)):
             if output is None:
                 continue
-            trained += 1
             terms = self._terms(output, int(members[k]), k, n, shared)
-            if not torch.isfinite(terms["main"]):
-                raise MorphomeError(
-                    f"{self.name}, epoch {epoch}, patient {self.train.ids[members[k]]}: "
-                    f"the loss is {terms['main'].item()}",
-                    "look for extreme features of this patient; try a lower training.learning_rate",
-                )
-            total += terms["main"].item() * n
-            for u in sums:
-                sums[u] += terms[u].item() if u in terms else 0.0
+            total += self._finite(terms["main"], int(members[k]), epoch) * n
+            for u in alone.keys() & terms.keys():
+                alone[u].append(terms[u].item() * n)
             if self.balance is None:
                 terms["main"].backward()
             else:
                 self.balance.backward(terms)
         factors: dict[str, float] = {}
         if self.balance is not None:
-            # Sums over part of a window would not be its mean; without a first pass nobody knows the mean of the rest.
-            known = (
-                shared.values if self.objective.whole_window else {u: x * n / max(1, trained) for u, x in sums.items()}
-            )
-            self.balance.end_window(known or dict.fromkeys(BRANCHES, math.nan))
+            # Means over the patients that the rule has not left out; the surrogates of a second pass are no losses.
+            means = {u: sum(x) / len(x) if x else math.nan for u, x in alone.items()}
+            self.balance.end_window(shared.alone if self.objective.whole_window else means)
             factors = self.balance.multipliers()
         set_rates(self.optimizer, rate, factors)
         self.optimizer.step()
-        # The surrogates of the second pass are not the loss of the window.
         return shared.main * n if self.objective.whole_window else total
+
+    def _finite(self, value: Tensor, i: int, epoch: int) -> float:
+        number = value.item()
+        if not math.isfinite(number):
+            raise MorphomeError(
+                f"{self.name}, epoch {epoch}, patient {self.train.ids[i]}: the loss is {number}",
+                "look for extreme features of this patient; try a lower training.learning_rate",
+            )
+        return number
 
     def _terms(self, output: dict[str, Any], i: int, k: int, n: int, shared: _Shared | None) -> dict[str, Tensor]:
         """Losses of one patient, divided by the size of the window, by "main" and branch."""
@@ -217,7 +220,7 @@ class Loop:
             terms["main"] = terms["main"] + shared.pairwise.get(k, 0.0) * log_risk(output)
         return terms
 
-    def _first_pass(self, members: np.ndarray, seeds: Sequence[int]) -> _Shared | None:
+    def _first_pass(self, members: np.ndarray, seeds: Sequence[int], epoch: int) -> _Shared | None:
         """What the losses of a whole window need of all its patients, without gradient."""
         pairwise = self.distiller is not None and self.distiller.pairwise
         balanced = self.balance is not None and self.balance.pairwise
@@ -230,23 +233,27 @@ class Loop:
                 if output is None:  # a rule leaves this patient out of the step
                     continue
                 present.append(k)
+                # Here already: one patient's NaN would be in the loss of all others.
+                self._finite(output[self.objective.output].sum(), int(members[k]), epoch)
                 for u, out in {"main": output[self.objective.output], **output.get("branches", {})}.items():
                     kept.setdefault(u, []).append(out.float().squeeze(0))
-                risks.append(log_risk(output))
+                if pairwise:
+                    risks.append(log_risk(output))
         time, event = self.train.time[members[present]], self.train.event[members[present]]
         shared = _Shared()
-        if self.objective.whole_window and len(present) > 1:
-            found = {u: self.objective.coefficients(torch.cat(h), time, event) for u, h in kept.items()}
-            shared.coefficients = {
-                u: dict(zip(present, g.float().unbind(), strict=True)) for u, (g, _) in found.items()
-            }
-            shared.main = found["main"][1]
-            shared.values = {u: loss for u, (_, loss) in found.items() if u != "main"}
-        if balanced:
-            branches = {u: torch.stack(h) for u, h in kept.items() if u != "main"}
-            self.balance.start_window(branches, torch.from_numpy(time), torch.from_numpy(event))
+        if self.objective.whole_window and present:
+            for u, h in kept.items():
+                g, loss = self.objective.coefficients(torch.cat(h), time, event)
+                shared.coefficients[u] = dict(zip(present, g.float().unbind(), strict=True))
+                if u == "main":
+                    shared.main = loss
+                elif event.sum() > 1:  # a single event says too little of a branch
+                    shared.alone[u] = loss
+        if balanced and present:
+            alone = {u: torch.stack(h) for u, h in kept.items() if u != "main"}
+            self.balance.start_window(alone, *(torch.from_numpy(x).to(self.device) for x in (time, event)))
         if pairwise and len(present) > 1:
-            risk = torch.stack(risks).detach().requires_grad_()
+            risk = torch.stack(risks).requires_grad_()
             ids = [self.train.ids[i] for i in members[present]]
             loss = self.distiller.window_loss(risk, ids, time, event)
             g = torch.autograd.grad(loss, risk)[0] if loss.requires_grad else torch.zeros_like(risk)
@@ -263,12 +270,21 @@ class Loop:
 
         drop = self.training["modality_dropout"]
         for k, batch in enumerate(ahead(make, range(len(members)))):
-            if drop and np.random.default_rng(seeds[k]).uniform() < drop:
-                batch = replace(batch, groups=None, omic_all=None)
+            if drop and np.random.default_rng([seeds[k], 1]).uniform() < drop:
+                batch = replace(batch, groups=None, omic_all=None, rna=None, cnv=None, mut=None)
             # Dropout depends on the epoch and the place in it, not on what was drawn before.
-            torch.manual_seed(seeds[k])
+            self._seed(seeds[k])
             with self._autocast():
-                yield self.module(batch) if self.balance is None else self.balance.forward(batch)
+                output = self.module(batch) if self.balance is None else self.balance.forward(batch)
+            # Outside: losses and gradients are not for the types of autocast.
+            yield output
+
+    def _seed(self, number: int) -> None:
+        """Seed the device that is used; ``torch.manual_seed`` seeds all there are, which takes longer than a step of a
+        small model."""
+        torch.default_generator.manual_seed(number)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(number)
 
     def _autocast(self) -> torch.autocast:
         kind = PRECISIONS.get(self.training["precision"])
@@ -294,9 +310,7 @@ class Loop:
             "balance": self.balance.state_dict() if self.balance is not None else {},
             "distiller": self.distiller.state_dict() if self.distiller is not None else {},
             "choice": {"best": choice.best, "epoch": choice.epoch, "waited": choice.waited},
-            "best": done.state,
-            "epochs": done.epochs,
-            "routing": done.routing,
+            "done": vars(done),
         }
 
     def _take_up(self, resume: Resume, choice: EpochChoice, done: Trained, extra: Mapping[str, Any]) -> int:
@@ -310,7 +324,7 @@ class Loop:
             if getattr(self, part) is not None:
                 getattr(self, part).load_state_dict(state[part])
         choice.best, choice.epoch, choice.waited = (state["choice"][k] for k in ("best", "epoch", "waited"))
-        done.state, done.epochs, done.routing = state["best"], state["epochs"], state["routing"]
+        vars(done).update(state["done"])
         print(f"{self.name}: going on after epoch {done.epochs[-1]['epoch']}", flush=True)
         return int(done.epochs[-1]["epoch"])
 
@@ -321,21 +335,45 @@ class _Shared:
 
     coefficients: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     main: float = 0.0
-    values: dict[str, float] = field(default_factory=dict)
+    alone: dict[str, float] = field(default_factory=lambda: dict.fromkeys(BRANCHES, math.nan))
     pairwise: dict[int, Tensor] = field(default_factory=dict)
 
 
+def branches(
+    module: nn.Module, width: int, training: Mapping[str, Any], seed: int
+) -> tuple[BranchHeads | None, Balance | None]:
+    """Heads on the branches of a fusion model and the rule that balances them; None for other models."""
+    if not isinstance(module, FusionModel):
+        return None, None
+    heads = BranchHeads(module, width, seed).to(next(module.parameters()).device)
+    return heads, make_balance(module, heads, training["balance"], derive_seed(seed, "balance"))
+
+
+def _copied(module: nn.Module) -> dict[str, Tensor]:
+    return {k: v.detach().cpu().clone() for k, v in module.state_dict().items()}
+
+
 def ahead(make: Callable[[int], Batch], wanted: Iterable[int]) -> Iterator[Batch]:
-    """``make`` of each, the next one made in a thread while the last is used, so that no step waits for the disk."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting = None
-        for item in wanted:
+    """``make`` of each, the next one made in a thread while the last is used, so that no step waits for the disk.
+
+    Small bags out of memory are made in place: handing them over would take longer.
+    """
+    items = iter(wanted)
+    for item in items:
+        start = clock.perf_counter()
+        made = make(item)
+        if clock.perf_counter() - start > WORTH_A_THREAD:
+            break
+        yield made
+    else:
+        return
+    # Denormal numbers as in the thread of the training, so that it does not matter who makes a batch.
+    with ThreadPoolExecutor(1, initializer=torch.set_flush_denormal, initargs=(True,)) as pool:
+        for item in items:
             coming = pool.submit(make, item)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = coming
-        if waiting is not None:
-            yield waiting.result()
+            yield made
+            made = coming.result()
+        yield made
 
 
 @torch.no_grad()

@@ -34,8 +34,9 @@ class EpochChoice:
     """Which epoch is kept, and when to stop.
 
     ``inner_best``: the highest inner C, of equal ones the lower inner loss; stop after ``patience`` epochs without a
-    higher C. While C cannot be computed the inner loss decides. ``last``: the last epoch. ``oracle_outer_best``: as
-    ``inner_best`` without patience, for the published protocol, whose "inner" part is the reported fold.
+    higher C. Where C cannot be computed the inner loss decides; where that cannot either, the last epoch is kept.
+    ``last``: the last epoch. ``oracle_outer_best``: as ``inner_best`` without patience, for the published protocol,
+    whose "inner" part is the reported fold.
     """
 
     def __init__(self, rule: str, patience: int) -> None:
@@ -46,8 +47,8 @@ class EpochChoice:
 
     def update(self, epoch: int, c: float, loss: float) -> bool:
         """Take in an epoch; True when its state is the one to keep."""
-        score = (-math.inf if math.isnan(c) else c, -loss)
-        if self.rule == "last":
+        score = (-math.inf if math.isnan(c) else c, -math.inf if math.isnan(loss) else -loss)
+        if self.rule == "last" or score == (-math.inf, -math.inf):
             self.best, self.epoch = score, epoch
             return True
         kept = self.best is None or score > self.best

@@ -6,7 +6,8 @@ is put back to the end of an epoch continues bit for bit (on a CPU).
 
 from __future__ import annotations
 
-import pickle
+import hashlib
+import io
 import time as clock
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,8 @@ from morphome.files import atomic_path
 
 #: A state is written at the end of an epoch when the last one is this old.
 EVERY_SECONDS = 60.0
+# Bytes in front of the state.
+_SEAL = hashlib.sha256().digest_size
 
 
 class Resume:
@@ -28,33 +31,46 @@ class Resume:
         key: hash of everything that the run depends on; a state with another key is not taken up.
     """
 
-    def __init__(self, path: Path | None, key: str, every_seconds: float = EVERY_SECONDS) -> None:
-        self.path, self.key, self.every_seconds = path, key, every_seconds
+    def __init__(self, path: Path | None, key: str) -> None:
+        self.path, self.key = path, key
         self._last = clock.monotonic()
 
     def load(self) -> dict[str, Any] | None:
-        """The state of an earlier run with the same key; None without one."""
+        """The state of an earlier run with the same key; None without one, or where the file is damaged."""
         if self.path is None or not self.path.exists():
             return None
-        try:
-            found = torch.load(self.path, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError, OSError):
-            return None  # an incomplete file of another version; training starts anew
-        return found["state"] if isinstance(found, dict) and found.get("key") == self.key else None
+        found = memoryview(self.path.read_bytes())
+        seal, content = found[:_SEAL], found[_SEAL:]
+        if seal != self._sealed(content):
+            return None
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+    def _sealed(self, content: memoryview) -> bytes:
+        """Hash of key and content: torch itself reads damaged tensors without a word."""
+        digest = hashlib.sha256(self.key.encode())
+        digest.update(content)
+        return digest.digest()
 
     @property
     def due(self) -> bool:
         """Whether it is time to write."""
-        return self.path is not None and clock.monotonic() - self._last >= self.every_seconds
+        return self.path is not None and clock.monotonic() - self._last >= EVERY_SECONDS
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Write a state (tensors, numbers, texts, lists and dictionaries of them)."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(self.path) as temporary:
-            torch.save({"key": self.key, "state": dict(state)}, temporary)
+        if self.path is None:
+            return
+        buffer = io.BytesIO()
+        torch.save(dict(state), buffer)
+        content = buffer.getbuffer()
+        with atomic_path(self.path) as temporary, temporary.open("wb") as handle:
+            handle.write(self._sealed(content))
+            handle.write(content)
         self._last = clock.monotonic()
 
     def done(self) -> None:
-        """The run is complete: the file goes."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+        """The run is complete: the file goes, and what a kill in the middle of writing has left."""
+        if self.path is None:
+            return
+        for left in (self.path, *self.path.parent.glob(f".{self.path.stem}.*{self.path.suffix}")):
+            left.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import platform
 import time as clock
@@ -79,6 +80,7 @@ def make_model(
     threads: int = 1,
     horizon_months: float | None = None,
     state_file: Path | None = None,
+    inputs_key: str = "",
 ) -> Baseline | NeuralModel:
     """An untrained model of the registry (baselines and neural models alike).
 
@@ -90,7 +92,7 @@ def make_model(
     # Baselines must not wait for torch.
     from morphome.training.trainer import NeuralModel
 
-    return NeuralModel(key, settings, training, seed, threads, horizon_months, state_file)
+    return NeuralModel(key, settings, training, seed, threads, horizon_months, state_file, inputs_key)
 
 
 def run_train(
@@ -143,8 +145,9 @@ def run_train(
     notes: list[str] = []
     times = time_grid(horizon, data.outcomes("train", "inner_val").time)
 
-    state_file = out / "training.state" if resume else None
-    model = make_model(key, entry["settings"], training, seed, threads, horizon, state_file)
+    tables = [patients, index, splits, split_facts, *([groups] if groups is not None else []), *panels.values()]
+    state = (out / "training.state", _content(tables)) if resume and info(key).kind == "neural" else ()
+    model = make_model(key, entry["settings"], training, seed, threads, horizon, *state)
     # Only the published protocol, which is marked as optimistic, may see them.
     shown = {"shown": _shown(outcomes)} if training["protocol"] == "published" and info(key).kind == "neural" else {}
     with _one_blas_thread():
@@ -226,9 +229,9 @@ def load_run(folder: Path, threads: int | None = None) -> TrainedModel:
         MorphomeError: the file is missing, broken or of another format.
     """
     arrays, facts = load_model(Path(folder) / "model.safetensors")
-    # A model trained on a GPU also predicts without one.
     # What a model of an earlier version does not say had the value that is the default now.
     known = {name: part["default"] for name, part in schema()["$defs"]["training"]["properties"].items()}
+    # A model trained on a GPU also predicts without one.
     device = "cpu" if facts["training"]["device"] == "cpu" else "auto"
     training = {**known, **facts["training"], "device": device}
     model = make_model(facts["model"], facts["settings"], training, facts["seed"], threads or int(facts["threads"]))
@@ -242,6 +245,15 @@ def _one_blas_thread() -> Iterator[None]:
     """NumPy's linear algebra on one thread: its sums then do not depend on the machine's cores."""
     with threadpool_limits(1, user_api="blas"):
         yield
+
+
+def _content(paths: Sequence[Path]) -> str:
+    """Hash of the bytes of files."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with Path(path).open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _shown(outcomes: pd.DataFrame) -> dict[str, Outcomes]:

@@ -27,6 +27,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from morphome import __version__
 from morphome.errors import MorphomeError
 from morphome.models import hazard
 from morphome.models.batch import Batch
@@ -37,7 +38,7 @@ from morphome.training.data import FoldData, Outcomes, derive_seed
 from morphome.training.diagnostics import diagnostics_table
 from morphome.training.distil import Distiller
 from morphome.training.inputs import Inputs
-from morphome.training.loop import Loop, Objective, Outputs, Trained, Watch, evaluate
+from morphome.training.loop import Loop, Objective, Outputs, Trained, Watch, branches, evaluate
 from morphome.training.objective import HazardObjective
 from morphome.training.preprocess import Arrays
 from morphome.training.resume import Resume
@@ -92,6 +93,7 @@ class NeuralModel:
         threads: int = 1,
         horizon_months: float | None = None,
         state_file: Path | None = None,
+        inputs_key: str = "",
         edges: np.ndarray | None = None,
     ) -> None:
         """Args:
@@ -100,9 +102,11 @@ class NeuralModel:
         threads: CPU threads of torch; part of the result, since they order floating point sums.
         horizon_months: the last bin edge with ``bin_edges: horizon``; fixed before any model is fitted.
         state_file: where training writes what it needs to go on after a kill; None: it does not.
+        inputs_key: hash of the tables; a state of training on others is not taken up.
         edges: of the time bins, for a teacher that must have those of its student; fitted without it.
         """
-        self.horizon_months, self.state_file, self.edges = horizon_months, state_file, edges
+        self.horizon_months, self.edges = horizon_months, edges
+        self.state_file, self.inputs_key = state_file, inputs_key
         self.key, self.settings, self.training = key, dict(settings), dict(training)
         self.seed, self.threads = seed, threads
         self.network = network(key)
@@ -136,6 +140,12 @@ class NeuralModel:
                 f"model '{self.key}' has no learned tokens for patients without genes",
                 "set training.modality_dropout: 0 for this row",
             )
+        if training["distil"] and self.published:
+            raise MorphomeError(
+                f"model '{self.key}': distillation does not go with protocol published, whose training patients have "
+                "no held-out teachers",
+                "choose protocol honest",
+            )
 
     # -- training -------------------------------------------------------------------------------------------
     def fit(self, fold: FoldData, notes: list[str], shown: Mapping[str, Outcomes] | None = None) -> None:
@@ -145,46 +155,38 @@ class NeuralModel:
             shown: outcomes that only ``protocol: published`` may see: "test" and "all" patients.
 
         Raises:
-            MorphomeError: no event or equal bin edges in training, an empty inner part under ``inner_best``, a loss
-                that is not finite (named by epoch and patient).
+            MorphomeError: no event or equal bin edges in training, an empty inner part where an epoch or a setting
+                is chosen on it, a loss that is not finite (named by epoch and patient).
         """
         train = fold.outcomes(*self.fit_roles)
         chosen_on = shown["test"] if self.published else fold.outcomes("inner_val")
-        rule = self.training["epoch_rule"]
-        if rule != "last" and not chosen_on.ids:
+        trials = search_grid(self.training)
+        if not chosen_on.ids and (self.training["epoch_rule"] != "last" or len(trials) > 1):
             raise MorphomeError(
-                f"{fold.where}: no patient has the role 'inner_val', so no epoch can be chosen",
-                "set splits.inner_fraction, or training.epoch_rule: last",
+                f"{fold.where}: no patient has the role 'inner_val', so no epoch and no setting can be chosen",
+                "set splits.inner_fraction, or training.epoch_rule: last without training.search",
             )
         self.inputs.fit(fold, train, notes)
         self.objective = self._objective(fold, shown["all"] if self.published else train, notes)
         bins = self.objective.bins(train.time)
         self.inputs.fit_parts(self.network, self.settings, fold, train, bins)
         self.dims = self.inputs.dims(self.objective.width)
-        distiller = self._distiller(fold, notes)
+        resume = Resume(self.state_file, self._key(fold, train, chosen_on))
+        # Known before a trial begins, and part of every state: targets of teachers, trials that are done.
+        known = {k: v for k, v in (resume.load() or {}).items() if k in ("taught", "finished")}
+        distiller = self._distiller(fold, notes, known, resume)
         best: Trained | None = None
-        resume = Resume(self.state_file, self._key(fold, train))
-        finished = (resume.load() or {}).get("finished")
         with torch_state(self.threads, derive_seed(self.seed, "weights"), self.device):
-            trials = search_grid(self.training)
             for trial, changes in enumerate(trials):
-                if finished is not None and trial < finished["trials"]:
-                    best = Trained(**finished["best"])
+                if trial < known.get("finished", {"trials": 0})["trials"]:
+                    best = Trained(**known["finished"]["best"])
+                    self.module = self._untrained()
                     continue
-                found, watch = self._trial(fold, train, chosen_on, changes, trial, distiller, resume, best)
-                label = ", ".join(f"{k}={v:g}" for k, v in changes.items())
-                for row in found.epochs:
-                    row |= {"setting": label} if changes else {}
-                earlier = best.epochs if best is not None else []
-                if best is None or found.score > best.score:
-                    best, self._watch = found, watch
-                    best.epochs = earlier + [row | {"chosen": row["epoch"] == found.epoch} for row in found.epochs]
-                    for row in earlier:
-                        row["chosen"] = False
-                else:
-                    best.epochs = earlier + [row | {"chosen": False} for row in found.epochs]
-                if len(trials) > 1 and self.state_file is not None:
-                    resume.save({"trial": -1, "finished": {"trials": trial + 1, "best": vars(best)}})
+                found = self._trial(fold, train, chosen_on, changes, distiller, resume, {"trial": trial, **known})
+                best = _better(best, found, changes)
+                if len(trials) > 1:
+                    known["finished"] = {"trials": trial + 1, "best": vars(best)}
+                    resume.save({"trial": -1, **known})
             self._take(fold, train, best, notes)
         resume.done()
 
@@ -194,21 +196,18 @@ class NeuralModel:
         train: Outcomes,
         chosen_on: Outcomes,
         changes: Mapping[str, float],
-        trial: int,
         distiller: Distiller | None,
         resume: Resume,
-        best: Trained | None,
-    ) -> tuple[Trained, Watch | None]:
-        """Train with one setting of the search; all begin with the same weights."""
-        torch.manual_seed(derive_seed(self.seed, "weights"))
-        module = build(self.key, self.settings, self.dims).to(self.device)
+        extra: Mapping[str, Any],
+    ) -> Trained:
+        """Train with one setting of the search; ``extra`` goes into the states that are written."""
+        self.module = self._untrained()
         if distiller is not None:
-            width = self._pooled_width(module, fold, train.ids[0]) if distiller.reads_pooled else 0
+            width = self._pooled_width(self.module, fold, train.ids[0]) if distiller.reads_pooled else 0
             distiller.build(width).to(self.device)
-        name = f"{self.key} {fold.where}"
         loop = Loop(
-            name,
-            module,
+            f"{self.key} {fold.where}",
+            self.module,
             self.objective,
             self.inputs,
             fold,
@@ -218,10 +217,12 @@ class NeuralModel:
             self.seed,
             distiller,
         )
-        finished = {} if best is None else {"finished": {"trials": trial, "best": vars(best)}}
-        found = loop.run(resume, {"trial": trial, **finished})
-        self.module = module
-        return found, loop.watch
+        return loop.run(resume, extra)
+
+    def _untrained(self) -> torch.nn.Module:
+        """The network as every trial begins with it."""
+        torch.manual_seed(derive_seed(self.seed, "weights"))
+        return build(self.key, self.settings, self.dims).to(self.device)
 
     @torch.no_grad()
     def _pooled_width(self, module: torch.nn.Module, fold: FoldData, patient: str) -> int:
@@ -233,16 +234,22 @@ class NeuralModel:
         """Keep the chosen state, and put the curves on the level of the training patients."""
         self._epochs, self._routing, self.best_epoch = best.epochs, best.routing, best.epoch
         if self.training["epoch_rule"] == "inner_best" and all(math.isnan(row["inner_c"]) for row in self._epochs):
-            notes.append(
-                f"the inner validation part has no comparable pair: the epoch was chosen by its loss ({fold.where})"
-            )
+            how = "the last one" if math.isnan(self._epochs[0]["inner_loss"]) else "chosen by its loss"
+            notes.append(f"the inner validation part has no comparable pair: the epoch was {how} ({fold.where})")
         self.module.load_state_dict(best.state)
+        heads, balance = branches(self.module, self.objective.width, self.training, self.seed)
+        if balance is not None:
+            heads.load_state_dict(best.heads)
+            balance.load_state_dict(best.balance)
+            self._watch = balance.watch
         # Each training patient once, whatever the sampler drew.
         outputs = self._evaluate(fold, train.ids, best.epoch)
         self.objective.recalibrate(outputs.main, train.time, train.event)
 
     def _objective(self, fold: FoldData, binned: Outcomes, notes: list[str]) -> Objective:
         if self.network.head == "cox":
+            if not fold.outcomes(*self.fit_roles).event.any():
+                raise MorphomeError(f"{fold.where}: no event among the training patients", "use fewer or larger folds")
             return CoxObjective()
         last_edge = self.horizon_months if self.training["bin_edges"] == "horizon" else None
         if self.training["bin_edges"] == "horizon" and last_edge is None:
@@ -253,34 +260,53 @@ class NeuralModel:
         edges = hazard.bin_edges(binned.time, binned.event, bins, fold.where, last_edge)
         return HazardObjective(edges, beta=self.training["beta"])
 
-    def _distiller(self, fold: FoldData, notes: list[str]) -> Distiller | None:
-        """Teachers, trained within this training fold."""
+    def _distiller(self, fold: FoldData, notes: list[str], known: dict[str, Any], resume: Resume) -> Distiller | None:
+        """Teachers, trained within this training fold; what they say is kept in ``known``."""
         if not self.training["distil"]:
             return None
         distiller = Distiller(self.training["distil"], derive_seed(self.seed, "distil"))
-
+        if "taught" in known:
+            distiller.load_state_dict(known["taught"])
+            notes += known["taught"]["notes"]
+            return distiller
         edges = getattr(self.objective, "edges", None)
+        remarks: list[str] = []
 
         def train_teacher(key: str, settings: Mapping[str, Any], part: FoldData, seed: int) -> NeuralModel:
             plain = {"distil": None, "search": {}, "protocol": "honest", "modality_dropout": 0.0}
             training = {**self.training, **plain}
             given = {**network_defaults(key), **settings}
             teacher = NeuralModel(key, given, training, seed, self.threads, self.horizon_months, edges=edges)
-            teacher.fit(part, notes)
+            teacher.fit(part, remarks)
             return teacher
 
-        distiller.prepare(fold, train_teacher, notes, edges)
+        distiller.prepare(fold, train_teacher, remarks, edges)
+        notes += remarks
+        known["taught"] = {**distiller.state_dict(), "notes": remarks}
+        resume.save({"trial": -1, **known})
         return distiller
 
-    def _key(self, fold: FoldData, train: Outcomes) -> str:
+    def _key(self, fold: FoldData, train: Outcomes, chosen_on: Outcomes) -> str:
         """Hash of what training depends on, for :class:`Resume`."""
         digest = hashlib.sha256()
         settings = {k: v for k, v in self.training.items() if k != "device"}
-        for part in (self.key, self.settings, settings, self.seed, self.threads, self.device, fold.where, self.dims):
+        versions = (__version__, torch.__version__)
+        for part in (
+            self.inputs_key,
+            self.key,
+            self.settings,
+            settings,
+            self.seed,
+            self.threads,
+            self.device,
+            versions,
+        ):
             digest.update(repr(part).encode())
-        for part in (train.ids, fold.fingerprint, fold.ids("inner_val"), torch.__version__):
+        for part in (fold.where, fold.fingerprint, train.ids, chosen_on.ids, self.inputs.facts()):
             digest.update(repr(part).encode())
-        for numbers in (train.time, train.event, *self.inputs.arrays().values()):
+        edges = getattr(self.objective, "edges", np.empty(0))
+        outcomes = (train.time, train.event, chosen_on.time, chosen_on.event)
+        for numbers in (*outcomes, edges, *self.inputs.arrays().values()):
             digest.update(np.ascontiguousarray(numbers).tobytes())
         return digest.hexdigest()
 
@@ -350,6 +376,16 @@ class NeuralModel:
             self.module = build(self.key, self.settings, self.dims).to(self.device)
         state = {k.removeprefix("weights/"): v for k, v in arrays.items() if k.startswith("weights/")}
         self.module.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in state.items()})
+
+
+def _better(best: Trained | None, found: Trained, changes: Mapping[str, float]) -> Trained:
+    """The better one of two trials, with the epochs of both."""
+    label = {"setting": ", ".join(f"{k}={v:g}" for k, v in changes.items())} if changes else {}
+    kept = found if best is None or found.score > best.score else best
+    earlier = [] if best is None else [row | {"chosen": row["chosen"] and kept is best} for row in best.epochs]
+    chosen = found.epoch if kept is found else None
+    kept.epochs = earlier + [row | label | {"chosen": row["epoch"] == chosen} for row in found.epochs]
+    return kept
 
 
 def search_grid(training: Mapping[str, Any]) -> list[dict[str, float]]:

@@ -75,7 +75,7 @@ class Fit:
     def settings(self) -> dict[str, Any]:
         """Everything that decides the result."""
         own, training = settings_of(self.model)
-        return {**asdict(self), "settings": own, "training": training, "code": code_hash("train")}
+        return {**asdict(self), "settings": own, "training": training, "code": code_hash("train", self.model)}
 
     @property
     def name(self) -> str:
