@@ -28,6 +28,7 @@ REPORT_TABLES = (
     "sources",
     "sites",
     "published_protocol",
+    "branches",
 )
 #: Files that others published (TCGA-CDR, gene sets); all runs of a folder share them.
 PUBLISHED = Path("resources/published")

@@ -636,6 +636,15 @@ class Factory:
             "morphome.comparisons",
             pd.DataFrame(paired, columns=columns) if paired else empty,
         )
+        fused = [name for name, (model, _, _) in self.rows.items() if model == "mome"]
+        columns = ["name", "model", "branch", "harrell_c", "lower", "upper"]
+        branches = [
+            [name, "mome", branch, c, c - 0.08, c + 0.08]
+            for name in fused
+            for branch, c in (("omic", 0.55), ("path", 0.58))
+        ]
+        branches = pd.DataFrame(branches, columns=columns)
+        self._table("evaluation/branches.parquet", "morphome.branches", branches)
 
 
 class GdcCohort:

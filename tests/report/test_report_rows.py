@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from morphome.files import read_json, write_json
-from morphome.report import history, optimistic, tables
+from morphome.report import branches, history, optimistic, tables
 from morphome.report.build import run_report
 from morphome.report.inputs import Run, _set_apart, load_report
 from morphome.report.judge import judge
@@ -32,7 +32,8 @@ def test_a_published_row_is_in_no_other_table(make_inputs, tmp_path):
     publish(inputs, "mome")
     data = load_report(inputs)
     assert "mome" not in data.names and "mome" not in judge(data).headline
-    for key, table in tables.all_tables(data).items():
+    everything = {**tables.all_tables(data), "branches": branches.table(data)}
+    for key, table in everything.items():
         text = table.to_csv()
         assert ("mome" in text) == (key == "published_protocol"), key
     # The pairs of the others stay: the clinical row against each.
@@ -181,3 +182,17 @@ def test_branches_are_told_at_the_chosen_epoch(data):
     joint = run_of(data, table_of(**{**branches, "k_path": 1.0, "inner_c_omic": np.nan}))
     assert "factors" not in history._branches([joint]) and "genes –" in history._branches([joint])
     assert history._branches([run_of(data, table_of())]) == ""
+
+
+def test_branches_beside_networks_of_one_modality(make_inputs, monkeypatch):
+    data = load_report(make_inputs())
+    # No network of slides or genes alone among these rows: nothing to compare with.
+    assert branches.table(data)["gap"].isna().all()
+    monkeypatch.setattr(branches, "is_neural", lambda run: True)
+    found = branches.table(data).set_index("branch")
+    assert list(found.loc[["path", "omic"], "alone"]) == ["mean_pool_cox", "coxnet_genes"]
+    c = data.metric("mean_pool_cox", "harrell_c")["value"]
+    assert found.at["path", "gap"] == pytest.approx(c - 0.58)
+    readings = [row[-1] for row in branches.section(branches.table(data)).rows]
+    assert readings == ["balancing cannot help" if gap < 0.01 else "behind the network alone" for gap in found["gap"]]
+    assert branches.section(branches.table(load_report(make_inputs(only=["clinical_cox"])))) is None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
@@ -13,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import morphome.training.ahead as ahead_module
 import morphome.training.loop as loop_module
 import morphome.training.trainer as trainer
 from morphome.errors import MorphomeError
@@ -21,7 +21,7 @@ from morphome.models.registry import Dims, build
 from morphome.survival import harrell
 from morphome.training.balance import BranchHeads
 from morphome.training.data import derive_seed, load_fold
-from morphome.training.loop import Loop, ahead
+from morphome.training.loop import Loop
 from morphome.training.optim import learning_rate, make_optimizer, set_rates
 from morphome.training.trainer import NeuralModel, torch_state
 
@@ -296,45 +296,11 @@ def test_branch_risks_are_those_of_the_chosen_epoch_and_follow_patients(key, tra
 
 
 # -- batches made ahead -------------------------------------------------------------------------------------
-@pytest.mark.parametrize("worth", [0.0, math.inf])
-def test_batches_come_in_order_whoever_makes_them(worth, monkeypatch):
-    monkeypatch.setattr(loop_module, "WORTH_A_THREAD", worth)
-    makers = []
-
-    def make(k):
-        makers.append(threading.current_thread() is threading.main_thread())
-        if k == 7:
-            raise ValueError("broken")
-        return k
-
-    for n in (0, 1, 2, 5):
-        assert list(ahead(make, range(n))) == list(range(n))
-    assert all(makers) == (worth > 0)
-    found = []
-    with pytest.raises(ValueError, match="broken"):
-        for k in ahead(make, range(9)):
-            found.append(k)
-    assert found == list(range(7))
-    before = threading.active_count()
-    for k in ahead(make, range(6)):
-        if k == 3:
-            break
-    assert threading.active_count() == before
-
-
-def test_slow_batches_are_made_while_the_last_is_used(monkeypatch):
-    monkeypatch.setattr(loop_module, "WORTH_A_THREAD", 0.01)
-    start = time.perf_counter()
-    for _ in ahead(lambda k: time.sleep(0.03), range(10)):
-        time.sleep(0.03)
-    assert time.perf_counter() - start < 0.5  # 0.6 one after the other
-
-
 @pytest.mark.parametrize("key", FUSED)
 def test_the_thread_changes_no_bit(key, trained, fold, monkeypatch):
     found = []
     for worth in (0.0, math.inf):
-        monkeypatch.setattr(loop_module, "WORTH_A_THREAD", worth)
+        monkeypatch.setattr(ahead_module, "WORTH_A_THREAD", worth)
         model = trained(key)
         risk, curves = model.predict(fold, fold.ids(), TIMES)
         found.append({**model.arrays(), "risk": risk, "curves": np.nan_to_num(curves)})

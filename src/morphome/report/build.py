@@ -11,7 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from morphome.files import settings_hash, stamp, write_text
-from morphome.report import cohort_view, figures, history, optimistic, records, sections
+from morphome.report import branches, cohort_view, figures, history, optimistic, records, sections
 from morphome.report import format as fmt
 from morphome.report.inputs import ReportData, ReportInputs, load_report
 from morphome.report.judge import judge
@@ -39,7 +39,7 @@ def run_report(*, settings: Mapping[str, Any], inputs: ReportInputs, out: Path) 
         MorphomeError: a needed file is missing or of another format.
     """
     data = load_report(inputs)
-    tables = all_tables(data)
+    tables = {**all_tables(data), "branches": branches.table(data)}
     out = Path(out)
     for name, table in tables.items():
         write_text(table.to_csv(index=False, lineterminator="\n"), out / "tables" / f"{name}.csv")
@@ -76,6 +76,7 @@ def _page(data: ReportData, tables: Mapping[str, Any], settings: Mapping[str, An
         "risk": sections.risk(data),
         "risk_floor": figures.least_at_risk(data.n_patients),
         "training": history.training(data),
+        "branches": branches.section(tables["branches"]),
         "experts": history.experts(data, tables["expert_use"]),
         "slides": slides(data, tables["slides"]),
         "times": records.run_times(data),

@@ -21,7 +21,7 @@ class ReportInputs:
     Attributes:
         cohort_flow, analysis_flow: ``morphome.flow``; patients: ``morphome.analysis``;
         audit: ``morphome.slide_audit``; splits: ``morphome.splits``; split_facts: ``morphome.split_facts``.
-        evaluation: folder with oof, metrics, summary, km, risk_groups and comparisons (parquet).
+        evaluation: folder with oof, metrics, summary, km, risk_groups, comparisons and branches (parquet).
         runs: one folder per model x repeat x fold.
         config: the complete, checked configuration.
         thumbnails: ``(slide_id, jpg, qc json)``; empty for imported features, like ``timings``.
@@ -113,6 +113,7 @@ class ReportData:
     km: pd.DataFrame
     risk_groups: pd.DataFrame
     comparisons: pd.DataFrame
+    branches: pd.DataFrame
     runs: list[Run]
     thumbnails: list[Thumbnail]
     timings: list[dict[str, Any]]
@@ -185,7 +186,7 @@ class ReportData:
         return None if value is None else float(value)
 
 
-_EVALUATION = ("oof", "metrics", "summary", "km", "risk_groups", "comparisons")
+_EVALUATION = ("oof", "metrics", "summary", "km", "risk_groups", "comparisons", "branches")
 
 
 def load_report(inputs: ReportInputs) -> ReportData:

@@ -14,7 +14,9 @@ from morphome.survival import TIED_TOLERANCE, censoring_km
 
 METRICS = ("harrell_c", "uno_c", "auc", "ibs", "ipa")
 #: What a run may say that it needs, in a reader's words.
-_NEEDS = {"clinical": "clinical", "omic_groups": "genes", "omic_all": "genes", "panels": "genes", "path": "slides"}
+_NEEDS = {"clinical": "clinical", "path": "slides"} | dict.fromkeys(
+    ("omic_groups", "omic_all", "panels", "rna", "cnv", "mut"), "genes"
+)
 PANELS = {"rna": "RNA", "mut": "mutations", "cnv": "copy number"}
 _ROMAN = {1: "I", 2: "II", 3: "III", 4: "IV"}
 

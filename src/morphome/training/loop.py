@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time as clock
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from morphome.errors import MorphomeError
 from morphome.models.batch import Batch
 from morphome.models.fusion import BRANCHES, Encoded, FusionModel
+from morphome.training.ahead import ahead
 from morphome.training.balance import Balance, BranchHeads, make_balance
 from morphome.training.cox_objective import CoxObjective, windows
 from morphome.training.data import FoldData, Outcomes, derive_seed
@@ -31,8 +31,6 @@ Objective = HazardObjective | CoxObjective
 Watch = Callable[[Encoded], dict[str, Tensor]]
 #: Autocast types by ``training.precision``.
 PRECISIONS = {"bf16": torch.bfloat16}
-#: Seconds that a batch takes to be made from which on the next one is made in a thread.
-WORTH_A_THREAD = 0.002
 
 
 @dataclass
@@ -351,29 +349,6 @@ def branches(
 
 def _copied(module: nn.Module) -> dict[str, Tensor]:
     return {k: v.detach().cpu().clone() for k, v in module.state_dict().items()}
-
-
-def ahead(make: Callable[[int], Batch], wanted: Iterable[int]) -> Iterator[Batch]:
-    """``make`` of each, the next one made in a thread while the last is used, so that no step waits for the disk.
-
-    Small bags out of memory are made in place: handing them over would take longer.
-    """
-    items = iter(wanted)
-    for item in items:
-        start = clock.perf_counter()
-        made = make(item)
-        if clock.perf_counter() - start > WORTH_A_THREAD:
-            break
-        yield made
-    else:
-        return
-    # Denormal numbers as in the thread of the training, so that it does not matter who makes a batch.
-    with ThreadPoolExecutor(1, initializer=torch.set_flush_denormal, initargs=(True,)) as pool:
-        for item in items:
-            coming = pool.submit(make, item)
-            yield made
-            made = coming.result()
-        yield made
 
 
 @torch.no_grad()

@@ -177,6 +177,7 @@ def run_train(
         "seed": seed,
         "threads": threads,
         "needs": sorted(model.needs),
+        "head": info(key).head if info(key).kind == "neural" else None,
         "feature_fingerprint": data.fingerprint if "path" in model.needs else "",
     }
     arrays = model.arrays() | {"fitted/times_months": times}
