@@ -1,6 +1,10 @@
 """What models of slides and genes have in common: two branches that meet in a fusion.
 
 The trainer's plug-ins (balance of the modalities, diagnostics per branch) see a model only through this interface.
+
+What fusion means here: both modalities are read together. A pure interaction, risk = sign(z1 z2) without any effect of
+slides or genes alone, was not found by a model of this interface in planted cohorts of 400 patients with 144 molecular
+columns (scenario X1 of ``morphome validate``; figures in docs/benchmarks.md).
 """
 
 from __future__ import annotations
