@@ -228,9 +228,10 @@ def test_planted_signal_is_found(key, planted, settings_of, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("signal")
     files = planted(n=60, seed=8).write(folder / "cohort")
-    # Deep Sets has no attention: the signal of few tiles is thinned by all others, and takes longer to find.
-    epochs = 20 if key == "deep_sets" else 6
-    training = {"epochs": epochs, "learning_rate": 0.01, "epoch_rule": "last"}
+    # Deep Sets has no attention: the signal of few tiles is thinned by all others, and takes longer to find. G-HANet
+    # has two branches without a residual from the slides' own, and falls into a constant with the larger step.
+    epochs, rate = {"deep_sets": (20, 0.01), "ghanet": (30, 0.003)}.get(key, (6, 0.01))
+    training = {"epochs": epochs, "learning_rate": rate, "epoch_rule": "last"}
     table = train(key, files, folder / "out", settings_of, **training)
     part = table[table["role"] != "test"]
     assert harrell(part["time_months"].to_numpy(), part["event"].to_numpy(), part["risk"].to_numpy()).c > 0.62

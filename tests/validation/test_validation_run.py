@@ -101,7 +101,7 @@ def test_changed_settings_or_code_repeat_a_fit(tmp_path, tiny_abmil, monkeypatch
         changed.setitem(settings.MODELS, "abmil", {**settings.MODELS["abmil"], "dim": 16})
         assert not fit.done(tmp_path)
     with monkeypatch.context() as changed:
-        changed.setattr(run, "code_hash", lambda step: "other")
+        changed.setattr(run, "code_hash", lambda *of: "other")
         assert not fit.done(tmp_path)
     assert fit.done(tmp_path)
 
