@@ -345,7 +345,7 @@ import numpy as np, pandas as pd, torch
 from types import SimpleNamespace
 from morphome.models.batch import Batch
 from morphome.models.registry import Dims, build
-from morphome.training.loop import evaluate
+from morphome.training.outputs import evaluate
 from morphome.training.objective import HazardObjective
 
 torch.set_num_threads(1)
@@ -381,3 +381,15 @@ def test_evaluation_keeps_no_graph(fold, trained):
     loop.evaluate(fold.ids("inner_val"), 1)
     assert seen
     assert not any(value.requires_grad for encoded in seen for value in encoded.z.values())
+
+
+def test_the_error_of_pseudo_inverses_is_in_the_history(fold, settings_of):
+    """Only where Nyström attention ran: with few landmarks it does on these bags, with many it is exact."""
+    for landmarks, there in ((2, True), (64, False)):
+        entry = settings_of("transmil", epochs=1)["model"]
+        settings = {**entry["settings"], "landmarks": landmarks, "attention": "nystrom_masked"}
+        model = NeuralModel("transmil", settings, entry["training"], seed=1)
+        model.fit(fold, [])
+        assert ("pinv_error" in model.history) == there
+        if there:
+            assert 0 <= model.history["pinv_error"].item() < 1

@@ -281,14 +281,19 @@ def clear_pinv_errors(model: nn.Module) -> None:
             layer.pinv_error = None
 
 
+def largest_pinv_error(model: nn.Module) -> float | None:
+    """The largest error of the layers since :func:`clear_pinv_errors`; None where no pseudo-inverse was used."""
+    layers = [layer for layer in model.modules() if isinstance(layer, NystromAttention)]
+    return max((layer.pinv_error for layer in layers if layer.pinv_error is not None), default=None)
+
+
 def note_pinv_error(model: nn.Module, output: dict[str, Any]) -> dict[str, Any]:
     """The output of a model with ``aux["pinv_error"]``, the largest of its layers, where one used a pseudo-inverse.
 
     In evaluation only; call :func:`clear_pinv_errors` before the forward pass.
     """
-    layers = (layer for layer in model.modules() if isinstance(layer, NystromAttention))
-    errors = [layer.pinv_error for layer in layers if layer.pinv_error is not None]
-    return output | {"aux": output["aux"] | {"pinv_error": max(errors)}} if errors else output
+    error = largest_pinv_error(model)
+    return output if error is None else output | {"aux": output["aux"] | {"pinv_error": error}}
 
 
 def _band(kernel: Tensor, start: int, stop: int, n: int) -> tuple[Tensor, int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time as clock
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,31 +15,20 @@ from tqdm import tqdm
 
 from morphome.errors import MorphomeError
 from morphome.models.batch import Batch
-from morphome.models.fusion import BRANCHES, Encoded, FusionModel
+from morphome.models.fusion import BRANCHES, FusionModel
 from morphome.training.ahead import ahead
 from morphome.training.balance import Balance, BranchHeads, make_balance
-from morphome.training.cox_objective import CoxObjective, windows
+from morphome.training.cox_objective import windows
 from morphome.training.data import FoldData, Outcomes, derive_seed
 from morphome.training.distil import Distiller, log_risk
 from morphome.training.inputs import Inputs
-from morphome.training.objective import EpochChoice, HazardObjective, sampling_weights
+from morphome.training.objective import EpochChoice, sampling_weights
 from morphome.training.optim import learning_rate, make_optimizer, set_rates
+from morphome.training.outputs import Objective, Outputs, Watch, evaluate
 from morphome.training.resume import Resume
 
-Objective = HazardObjective | CoxObjective
-#: What each branch of an encoded patient says alone, {branch: (1, width)}.
-Watch = Callable[[Encoded], dict[str, Tensor]]
 #: Autocast types by ``training.precision``.
 PRECISIONS = {"bf16": torch.bfloat16}
-
-
-@dataclass
-class Outputs:
-    """What a model says of some patients: outputs (n, width), those of its branches, rows of the routing table."""
-
-    main: np.ndarray
-    branches: dict[str, np.ndarray] = field(default_factory=dict)
-    routing: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -116,6 +105,8 @@ class Loop:
             inner_loss, inner_c = self.objective.score(found.main, self.chosen_on)
             row = {"epoch": epoch, "train_loss": train_loss, "inner_loss": inner_loss, "inner_c": inner_c}
             row |= self._branch_row(found)
+            if found.pinv_error is not None:
+                row["pinv_error"] = found.pinv_error
             done.routing += found.routing
             if choice.update(epoch, inner_c, inner_loss):
                 done.state = _copied(self.module)
@@ -349,55 +340,3 @@ def branches(
 
 def _copied(module: nn.Module) -> dict[str, Tensor]:
     return {k: v.detach().cpu().clone() for k, v in module.state_dict().items()}
-
-
-@torch.no_grad()
-def evaluate(
-    name: str,
-    module: nn.Module,
-    objective: Objective,
-    inputs: Inputs,
-    fold: FoldData,
-    ids: Sequence[str],
-    epoch: int,
-    watch: Watch | None = None,
-) -> Outputs:
-    """What a model says of patients, on whole bags and in fp32; of its branches where somebody watches them.
-
-    Raises:
-        MorphomeError: a prediction that is not finite; names the patient.
-    """
-    module.eval()
-    found = Outputs(np.empty((len(ids), objective.width)))
-    if watch is not None:
-        found.branches = {u: np.empty_like(found.main) for u in BRANCHES}
-    for i, batch in enumerate(ahead(lambda k: inputs.batch(fold, ids[k]), range(len(ids)))):
-        if watch is None:
-            output = module(batch)
-        else:
-            encoded = module.encode(batch)
-            output = module.output(encoded)
-            for u, out in watch(encoded).items():
-                found.branches[u][i] = out[0].double().cpu().numpy()
-        found.main[i] = output[objective.output][0].double().cpu().numpy()
-        role = fold.table.at[ids[i], "role"]
-        for layer, routed in output.get("aux", {}).get("routing", {}).items():
-            p = routed["pi"].detach().double().cpu().numpy().ravel()
-            found.routing.append(
-                {
-                    "epoch": epoch,
-                    "layer": layer,
-                    "patient_id": ids[i],
-                    "role": role,
-                    "expert": int(routed["expert"]),
-                    **{f"p{e}": float(p[e]) for e in range(len(p))},
-                    "entropy": float(-(p[p > 0] * np.log(p[p > 0])).sum()),
-                }
-            )
-    bad = np.flatnonzero(~np.isfinite(found.main).all(axis=1))
-    if len(bad):
-        raise MorphomeError(
-            f"{name}, epoch {epoch}, patient {ids[bad[0]]}: the prediction is not finite",
-            "look for extreme features of this patient; try a lower training.learning_rate",
-        )
-    return found

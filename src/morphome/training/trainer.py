@@ -38,8 +38,9 @@ from morphome.training.data import FoldData, Outcomes, derive_seed
 from morphome.training.diagnostics import diagnostics_table
 from morphome.training.distil import Distiller
 from morphome.training.inputs import Inputs
-from morphome.training.loop import Loop, Objective, Outputs, Trained, Watch, branches, evaluate
+from morphome.training.loop import Loop, Trained, branches
 from morphome.training.objective import HazardObjective
+from morphome.training.outputs import Objective, Outputs, Watch, evaluate
 from morphome.training.preprocess import Arrays
 from morphome.training.resume import Resume
 
