@@ -70,7 +70,8 @@ def test_the_readmes_table_names_every_model(repository):
 def test_models_are_listed_with_what_they_see(repository):
     text = runner.invoke(app, ["models"]).output
     for line in (
-        "mome: MoME (sees gene groups, slides)",
+        "mome: MoME (sees gene groups, slides; can do without genes)",
+        "ghanet: G-HANet (sees slides and genes in training)",
         "snn: SNN (sees genes)",
         "random: Random score (sees nothing)",
     ):

@@ -365,3 +365,25 @@ def test_an_encoder_that_is_not_there_is_replaced_or_its_rows_left_out(rows, on_
     assert (section["requested"], section["name"], section.get("left_out", [])) == ("scgpt", name, left)
     assert "half holds no vocab.json" in section["reason"]
     assert ("path_gptomic" in full["models"]) == (not left)
+
+
+def test_a_published_row_takes_the_recipe_of_the_original_and_not_the_section_of_honest_rows(config):
+    section = {"epochs": 3, "bin_edges": "horizon", "sampler": "shuffle", "seed": 9, "device": "cpu"}
+    rows = {
+        "mcat": None,
+        "old": {"model": "mcat", "training": {"protocol": "published", "time_bins": 5}},
+        "cmta_old": {"model": "cmta", "training": {"protocol": "published"}},
+    }
+    full = check_config({**config, "training": section, "models": rows})["models"]
+    assert {k: full["mcat"]["training"][k] for k in section} == section
+    old = full["old"]["training"]
+    assert (old["epochs"], old["bin_edges"], old["sampler"], old["epoch_rule"]) == (
+        20,
+        "quantile",
+        "class_balanced",
+        "last",
+    )
+    assert (old["time_bins"], old["seed"], old["device"]) == (5, 9, "cpu")
+    cmta = full["cmta_old"]
+    assert (cmta["training"]["optimizer"], cmta["training"]["epochs"]) == ("sgd", 30)
+    assert cmta["settings"]["attention"] == "nystrom_compat"

@@ -217,11 +217,13 @@ def models() -> None:
     from morphome.config import schema
     from morphome.models.catalog import models as all_models
 
-    words = {"path": "slides", "omic_groups": "gene groups", "omic_all": "genes", "panels": "genes"}
+    words = {"path": "slides", "omic_groups": "gene groups", "omic_all": "genes", "panels": "genes", "rna": "RNA"}
     for key, row in all_models().items():
         sees = ", ".join(sorted(words.get(need, need) for need in row.needs)) or "nothing"
         properties = schema()["$defs"]["models"][key]["properties"]
         defaults = ", ".join(f"{name}: {part['default']}" for name, part in properties.items())
-        print(f"{key}: {row.title} (sees {sees}). {row.reference}")
+        more = " and genes in training" if row.trains_with else ""
+        more += "; can do without genes" if "missing_omic" in getattr(row.load(), "supports", ()) else ""
+        print(f"{key}: {row.title} (sees {sees}{more}). {row.reference}")
         if defaults:
             print(f"    {defaults}")

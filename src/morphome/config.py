@@ -199,10 +199,12 @@ def _resolve_models(full: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
                 )
             training["protocol"] = "honest"
         if training.get("protocol") == "published":
-            # What the row says stands before what the original code did, and that before the section for all.
+            # What the row says stands before what the original code did, and that before the recipe of the lineage
+            # (the schema's defaults). The section for all is about honest rows, but for how and where is computed.
             original = known[key].get("published", {})
             entry = {**original.get("settings", {}), **entry}
-            training = {**training, "epoch_rule": "last", **original.get("training", {}), **own}
+            recipe = {k: v for k, v in lineage_recipe().items() if k not in ("device", "seed", "precision")}
+            training = {**training, **recipe, "epoch_rule": "last", **original.get("training", {}), **own}
         _fill(entry, known[key])
         _fill(training, schema()["$defs"]["training"])
         checks = [(f"models.{name}", entry, known[key])]
@@ -221,6 +223,12 @@ def _resolve_models(full: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
             problems += [_explain(error, prefix) for error in _validator(part).iter_errors(content)]
         models[name] = {"name": name, "model": key, "settings": entry, "training": training}
     return models, problems
+
+
+def lineage_recipe() -> dict[str, Any]:
+    """The recipe of the MCAT family: the defaults of the section ``training``, but for its protocol."""
+    properties = schema()["$defs"]["training"]["properties"]
+    return {k: copy.deepcopy(v["default"]) for k, v in properties.items() if "default" in v and k != "protocol"}
 
 
 def _resolve_encoder(full: dict[str, Any]) -> list[str]:

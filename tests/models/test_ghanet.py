@@ -402,3 +402,14 @@ def test_planted_genes_are_read_off_the_slides():
         if x.bin < y.bin
     ]
     assert sum(pairs) / len(pairs) > 0.75
+
+
+def test_what_was_not_measured_is_no_target():
+    """NaN among the genes of a patient leaves the loss; a column measured in few patients is still tested on them."""
+    values = np.random.default_rng(0).normal(size=(40, 3))
+    high = np.arange(40) < 20
+    values[high, 0] += 3.0
+    full = differing_columns(values, high, ~high, 0.01, 0)
+    values[::4, 0], values[:, 2] = np.nan, np.nan
+    np.testing.assert_array_equal(differing_columns(values, high, ~high, 0.01, 0), full)
+    np.testing.assert_array_equal(full, [0])

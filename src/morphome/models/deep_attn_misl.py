@@ -115,8 +115,9 @@ class DeepAttnMISL(nn.Module):
 
     def assign(self, x: Tensor) -> Tensor:
         """X (N, d_in) -> position of the nearest centre by Euclidean distance, (N,); ties go to the first."""
-        # |x|^2 is the same for all centres.
-        return (self.centres.square().sum(1) - 2 * x @ self.centres.T).argmin(1)
+        # |x|^2 is the same for all centres. In fp32 also under autocast: a patch must not change its cluster by that.
+        with torch.autocast(x.device.type, enabled=False):
+            return (self.centres.square().sum(1) - 2 * x @ self.centres.T).argmin(1)
 
     def forward(self, batch: Batch) -> dict:
         """One patient -> logits (1, K) and attention.

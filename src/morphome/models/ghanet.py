@@ -9,6 +9,7 @@ read, feeds the survival branch. Written from the formulas.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ def differing_columns(values: np.ndarray, high: np.ndarray, low: np.ndarray, p_v
     """Columns whose means differ between two classes of patients by Welch's t-test.
 
     Args:
-        values: (n, p). high, low: (n,) bool, the classes; who is in neither is ignored.
+        values: (n, p), NaN where nothing was measured. high, low: (n,) bool, the classes; who is in neither is ignored.
         p_value: columns below it are chosen.
         least: where fewer are, the ``least`` columns of smallest p are chosen; ties by position.
 
@@ -40,17 +41,13 @@ def differing_columns(values: np.ndarray, high: np.ndarray, low: np.ndarray, p_v
     """
     values = np.asarray(values, dtype=np.float64)
     a, b = values[high], values[low]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        p = stats.ttest_ind_from_stats(
-            a.mean(axis=0),
-            a.std(axis=0, ddof=1),
-            len(a),
-            b.mean(axis=0),
-            b.std(axis=0, ddof=1),
-            len(b),
-            equal_var=False,
-        ).pvalue
-    p = np.where(np.ptp(values[high | low], axis=0) > 0, p, np.nan)
+    both = values[high | low]
+    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+        # A column that nobody of a class has is no candidate; NumPy and SciPy warn of it.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        p = np.ma.filled(stats.ttest_ind(a, b, equal_var=False, nan_policy="omit").pvalue, np.nan)
+        varies = np.nanmax(both, axis=0) > np.nanmin(both, axis=0)
+    p = np.where(varies, p, np.nan)
     chosen = np.flatnonzero(p < p_value)
     if len(chosen) < least:
         order = np.argsort(p, kind="stable")  # NaN comes last
@@ -269,7 +266,12 @@ class GHANet(nn.Module):
                     f"{who}: gene group {g} has {len(z)} columns, expected {at[-1] + 1} or more", remedy
                 )
             if len(at):
-                pairs.append((x, z[torch.as_tensor(at, device=z.device)]))
+                target = z[torch.as_tensor(at, device=z.device)]
+                measured = ~target.isnan()
+                if bool(measured.all()):
+                    pairs.append((x, target))
+                elif bool(measured.any()):
+                    pairs.append((x[measured], target[measured]))
         losses = {}
         if self.mse and pairs:
             losses["mse"] = self.weight * torch.stack([F.mse_loss(x, z) for x, z in pairs]).sum()

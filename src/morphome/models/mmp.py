@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from morphome.errors import MorphomeError
 from morphome.models.batch import Batch, require
 from morphome.models.fusion import OUTPUT, Encoded, FusionModel
-from morphome.models.layers import Dropout, GroupEncoder
+from morphome.models.layers import Dropout, GroupEncoder, stand_in
 from morphome.models.parts import TrainingSample
 from morphome.models.transport import transport_cost, transport_plan
 
@@ -186,7 +187,7 @@ class MMP(FusionModel):
         self.norm_omic, self.norm_path = nn.LayerNorm(half), nn.LayerNorm(half)
         self.classifier = nn.Linear(2 * half, 1, bias=False)
         # Last, so that the weights of the model without it stay the same.
-        self.missing = nn.Parameter(torch.randn(t, dim)) if missing_tokens else None
+        self.missing = stand_in(t, dim) if missing_tokens else None
 
     @classmethod
     def fit_parts(cls, settings: Mapping[str, Any], sample: TrainingSample) -> dict[str, np.ndarray]:
@@ -206,7 +207,10 @@ class MMP(FusionModel):
                 f"models.mmp: {k} prototypes from {len(patches)} training patches, too few of them different",
                 "lower models.mmp.prototypes",
             )
-        fit = KMeans(k, n_init=settings["kmeans_restarts"], random_state=sample.seed % 2**32).fit(patches)
+        means = KMeans(k, n_init=settings["kmeans_restarts"], random_state=sample.seed % 2**32)
+        # Sums over several threads come in any order; one thread gives the same centres every time.
+        with threadpool_limits(1):
+            fit = means.fit(patches)
         return {"prototypes": fit.cluster_centers_.astype(np.float32)}
 
     def branch_parameters(self) -> dict[str, list[nn.Parameter]]:

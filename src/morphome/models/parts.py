@@ -18,7 +18,8 @@ class TrainingSample:
 
     Args:
         time: (n,) months; event: (n,) 0 or 1; bins: (n,) time bins.
-        groups: standardised gene groups, one (n, |G_g|) array per group; empty without groups.
+        groups: standardised gene groups, one (n, |G_g|) array per group; empty without groups. For a model that reads
+            genes in training only NaN is what was not measured; else it has the training median.
         patches: ``patches(most)`` gives up to ``most`` patch features (m, d_in) float32, drawn evenly over patients.
         seed: of this fold, for what is drawn.
     """

@@ -18,7 +18,7 @@ from morphome.errors import MorphomeError
 from morphome.models import hazard
 from morphome.models.batch import Batch, require
 from morphome.models.fusion import OUTPUT, Encoded, FusionModel
-from morphome.models.layers import GroupEncoder
+from morphome.models.layers import GroupEncoder, stand_in
 from morphome.models.pibd_blocks import (
     CLUB,
     POE_VARIANCES,
@@ -158,7 +158,7 @@ class PIBD(FusionModel):
         self.register_buffer("earlier", torch.zeros(club_batch - 1, 3 * dim))
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
         # Last, so that the weights of the model without it stay the same.
-        self.missing = nn.Parameter(torch.randn(len(group_sizes), dim)) if missing_tokens else None
+        self.missing = stand_in(len(group_sizes), dim) if missing_tokens else None
 
     def branch_parameters(self) -> dict[str, list[nn.Parameter]]:
         omic = [*self.pathways.parameters(), *self.omic.parameters()]

@@ -1,7 +1,8 @@
 """Rules that give a branch gradients of its own, beside or in place of those of the fused loss.
 
 ``L^u`` is the loss of branch u alone, ``L_m`` that of the fused model, ``f^u`` the mean over the rows of ``z[u]``. The
-heads of the branches always learn their own loss in full, whatever weight it has for the encoders.
+heads of the branches always learn their own loss in full, whatever weight it has for the encoders (not so where the
+model itself is an exact sum of its branches: there are no heads then).
 
 References: Wei and Hu, "MMPareto: Boosting Multimodal Learning with Innocent Unimodal Assistance", ICML 2024; Fan et
 al., "PMR: Prototypical Modal Rebalance for Multimodal Learning", CVPR 2023, 20029; the survival forms are derived.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -137,7 +137,7 @@ class Inputs:
             return
         groups: tuple[np.ndarray, ...] = ()
         if self.groups:
-            z = self.scaler.transform(fold.gene_matrix(self.columns, train.ids))
+            z = self._scaled(fold, train.ids)
             groups = tuple(z[:, at] for at in self.groups.values())
         sample = TrainingSample(
             train.time,
@@ -205,9 +205,15 @@ class Inputs:
             ids = fold.ids()
             for start in range(0, len(ids), PATIENTS_READ):
                 some = ids[start : start + PATIENTS_READ]
-                z = self.scaler.transform(fold.gene_matrix(self.columns, some)).astype(np.float32)
+                z = self._scaled(fold, some).astype(np.float32)
                 self._values |= {i: self._parts_of(fold, i, row) for i, row in zip(some, z, strict=True)}
         return self._values[patient]
+
+    def _scaled(self, fold: FoldData, ids: Sequence[str]) -> np.ndarray:
+        """z-scores (n, p); what was not measured has the training median, or is NaN where genes are targets only."""
+        raw = fold.gene_matrix(self.columns, ids)
+        z = self.scaler.transform(raw)
+        return np.where(np.isnan(raw), np.nan, z) if self.trains_with & MOLECULAR else z
 
     def _parts_of(self, fold: FoldData, patient: str, z: np.ndarray) -> dict[str, Any]:
         """Molecular parts of a batch from the z-scores of a patient, (p,) float32."""
