@@ -367,14 +367,14 @@ def test_an_encoder_that_is_not_there_is_replaced_or_its_rows_left_out(rows, on_
     assert ("path_gptomic" in full["models"]) == (not left)
 
 
-def test_a_published_row_takes_the_recipe_of_the_original_and_not_the_section_of_honest_rows(config):
+def test_a_published_row_takes_the_recipe_of_the_original_and_not_the_section_of_honest_rows(demo):
     section = {"epochs": 3, "bin_edges": "horizon", "sampler": "shuffle", "seed": 9, "device": "cpu"}
     rows = {
         "mcat": None,
         "old": {"model": "mcat", "training": {"protocol": "published", "time_bins": 5}},
         "cmta_old": {"model": "cmta", "training": {"protocol": "published"}},
     }
-    full = check_config({**config, "training": section, "models": rows})["models"]
+    full = check_config({**demo, "training": section, "models": rows})["models"]
     assert {k: full["mcat"]["training"][k] for k in section} == section
     old = full["old"]["training"]
     assert (old["epochs"], old["bin_edges"], old["sampler"], old["epoch_rule"]) == (
