@@ -7,8 +7,9 @@ import copy
 import pytest
 import yaml
 
-from morphome.config import check_config, load_config
+from morphome.config import check_config, load_config, read_yaml
 from morphome.errors import MorphomeError
+from morphome.models.catalog import catalog
 
 
 @pytest.fixture
@@ -387,3 +388,15 @@ def test_a_published_row_takes_the_recipe_of_the_original_and_not_the_section_of
     cmta = full["cmta_old"]
     assert (cmta["training"]["optimizer"], cmta["training"]["epochs"]) == ("sgd", 30)
     assert cmta["settings"]["attention"] == "nystrom_compat"
+
+
+def test_the_benchmarks_name_every_model_and_are_sound(repository):
+    cohort = read_yaml(repository / "resources/cohorts/tcga_hnsc_regions.yaml")
+    every, published = (read_yaml(repository / f"resources/benchmarks/{n}.yaml") for n in ("all_models", "published"))
+    merged = {**cohort, "training": {**cohort["training"], **every["training"]}}
+    merged["molecular"] = {**cohort["molecular"], **every["molecular"]}
+    merged["models"] = {**every["models"], **published["models"]}
+    full = check_config(merged, files=False)["models"]
+    honest = {row["model"] for row in full.values() if row["training"]["protocol"] == "honest"}
+    assert honest == set(catalog())
+    assert {row["training"]["protocol"] for name, row in full.items() if name in published["models"]} == {"published"}
