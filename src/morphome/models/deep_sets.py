@@ -10,13 +10,19 @@ from __future__ import annotations
 
 import math
 
-from torch import nn
+from torch import Tensor, nn
 
 from morphome.errors import MorphomeError
 from morphome.models.batch import Batch, require
 from morphome.models.layers import FC
 
 POOLS = ("mean", "sum", "sum_over_sqrtN")
+
+
+def pool_set(h: Tensor, pool: str) -> Tensor:
+    """Encoded patches (N, d) -> (1, d) by ``mean``, ``sum`` or ``sum_over_sqrtN``."""
+    pooled = h.mean(0, keepdim=True) if pool == "mean" else h.sum(0, keepdim=True)
+    return pooled / math.sqrt(h.shape[0]) if pool == "sum_over_sqrtN" else pooled
 
 
 class DeepSets(nn.Module):
@@ -67,8 +73,6 @@ class DeepSets(nn.Module):
         """
         require(batch, self.needs, self.d_in)
         h = self.project(batch.path)
-        pooled = h.mean(0, keepdim=True) if self.pool == "mean" else h.sum(0, keepdim=True)
-        if self.pool == "sum_over_sqrtN":
-            pooled = pooled / math.sqrt(h.shape[0])
+        pooled = pool_set(h, self.pool)
         logits = self.classifier(self.hidden(pooled))
         return {"logits": logits, "extra_losses": {}, "attn": {}, "aux": {"pooled": pooled}}

@@ -6,13 +6,11 @@ Sets", NeurIPS 2017. On pooling by the plain sum see :mod:`morphome.models.deep_
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
 from morphome.errors import MorphomeError
 from morphome.models.bag_fusion import BagFusion
-from morphome.models.deep_sets import POOLS
+from morphome.models.deep_sets import POOLS, pool_set
 
 
 class DeepSetsFusion(BagFusion):
@@ -56,5 +54,4 @@ class DeepSetsFusion(BagFusion):
 
     def pool_patches(self, h: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """(N, dim) -> (1, dim); there is no attention."""
-        pooled = h.mean(0, keepdim=True) if self.pool == "mean" else h.sum(0, keepdim=True)
-        return (pooled / math.sqrt(h.shape[0]) if self.pool == "sum_over_sqrtN" else pooled), {}
+        return pool_set(h, self.pool), {}
